@@ -1,0 +1,1 @@
+"""Run folder -> artifact: export, calibration, INT8 dialects, verification."""

@@ -1,0 +1,1 @@
+"""Images -> run folder: views, self-supervised methods, trainer, evaluation (needs torch)."""

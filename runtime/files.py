@@ -96,5 +96,5 @@ def read_json(path: Path, what: str, max_bytes: int = 64 << 20) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"No {what} at '{path}': check the path.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or a number of too many digits
         raise UserError(f"The {what} '{path}' is not valid JSON ({error}): make it again.") from None

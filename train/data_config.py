@@ -1,0 +1,33 @@
+"""The configurations of ``midge data fetch`` and ``midge data check`` (no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+
+@dataclass(frozen=True)
+class FetchConfig:
+    """Fetch a known image set as a folder of images, one folder per split and class."""
+
+    name: Positional[str]
+    """The image set: fashion-mnist."""
+
+    out: Path | None = None
+    """Folder to write; default data/<name>."""
+
+    json: bool = False
+    """Print one JSON document instead of text."""
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Read every image of a folder; exit code 1 where some cannot be read."""
+
+    data: Positional[Path]
+    """Folder of images, of any nesting."""
+
+    json: bool = False
+    """Print one JSON document instead of text."""

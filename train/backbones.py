@@ -1,0 +1,127 @@
+"""Backbones: any timm network without its classifier, fit for views of two sizes, and the arguments that rebuild it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.errors import UserError, require
+
+# timm's modules; what is in neither runs as a CNN.
+RESNETS = ("resnet",)
+VITS = ("vision_transformer", "deit")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A timm network that is known to exist, before it is built.
+
+    Attributes:
+        name: timm's.
+        family: ``"cnn"`` or ``"vit"``: decides which view policy holds.
+        patch_px: side of a ViT's patches, px, of which the view sizes must be multiples; 1 for a CNN.
+        args: arguments of ``timm.create_model`` that rebuild the network for one input size.
+        training_args: what comes on top for pretraining and changes neither the weights' names nor their shapes.
+    """
+
+    name: str
+    family: str
+    patch_px: int
+    args: dict[str, Any]
+    training_args: dict[str, Any]
+
+    def build(self, drop_path: float = 0.0) -> nn.Module:
+        """A randomly initialized network, in train mode: (N, 3, h, w) -> (N, feature_dim), for any h, w that fit.
+
+        Args:
+            drop_path: probability of dropping a residual branch.
+
+        Raises:
+            UserError: the network does not take these arguments.
+        """
+        args = {**self.args, **self.training_args} | ({"drop_path_rate": drop_path} if drop_path else {})
+        return _create(self.name, args)
+
+
+def find_backbone(
+    name: str, image_px: int, channels: Sequence[int] | None = None, patch_px: int | None = None
+) -> Backbone:
+    """Look up a timm network.
+
+    Args:
+        name: timm's, e.g. ``"resnet18"`` or ``"vit_tiny_patch16_224"``.
+        image_px: side of the input, px.
+        channels: channels of a ResNet's stages, or None for its own.
+        patch_px: side of a ViT's patches, px, or None for its own.
+
+    Raises:
+        UserError: timm has no such network, or it takes no channels, or no patch size.
+    """
+    timm = require("timm", "train")
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists what there is."
+        raise UserError(f"Unknown backbone '{name}': {hint}")
+    is_resnet = timm.models.is_model_in_modules(name, RESNETS)
+    if channels is not None and not is_resnet:
+        raise UserError(f"--channels is for ResNets: '{name}' takes none.")
+    if timm.models.is_model_in_modules(name, VITS):
+        args = {"img_size": image_px} | ({} if patch_px is None else {"patch_size": patch_px})
+        training_args = {"dynamic_img_size": True}  # the position embedding is interpolated for the local views
+        with torch.device("meta"):
+            own: Any = _create(name, args | training_args)
+        return Backbone(name, "vit", own.patch_embed.patch_size[0], args, training_args)
+    if patch_px is not None:
+        raise UserError(f"--patch-px is for ViTs: '{name}' takes none.")
+    # timm starts a ResNet's residual branches at zero; torchvision's, which the paper used, do not. So untrained, its
+    # features are also much poorer than those of the network that one would compare with.
+    training_args = {"zero_init_last": False} if is_resnet else {}
+    return Backbone(name, "cnn", 1, {} if channels is None else {"channels": tuple(channels)}, training_args)
+
+
+def _create(name: str, args: dict[str, Any]) -> nn.Module:
+    timm = require("timm", "train")
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=0, **args)
+    except Exception as error:  # which one depends on the network's own code
+        given = ", ".join(f"{key}={value!r}" for key, value in args.items())
+        raise UserError(f"timm cannot build '{name}' with {given}: {str(error).splitlines()[0]}.") from error
+
+
+def feature_dim(network: nn.Module) -> int:
+    """Length of the feature vector that a timm network without classifier gives."""
+    return getattr(network, "head_hidden_size", None) or network.num_features  # type: ignore[return-value]
+
+
+class MultiCropNetwork(nn.Module):
+    """A backbone and a projection head for views of several sizes.
+
+    Views of one size pass the backbone together, then all embeddings together pass the head: so the backbone's batch
+    normalization sees each size by itself, the head's sees all views.
+
+    Args:
+        backbone: (M, 3, h, w) -> (M, D).
+        head: (M, D) -> (M, K).
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, groups: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Embed and project.
+
+        Args:
+            groups: views of one size each: (M_i, 3, h_i, w_i).
+
+        Returns:
+            Embeddings (sum M_i, D) and outputs (sum M_i, K), in the order of the groups.
+        """
+        embeddings = torch.cat([self.backbone(views) for views in groups])
+        return embeddings, self.head(embeddings)

@@ -1,0 +1,60 @@
+"""Projection heads: what lies between the backbone and the loss, and is thrown away after pretraining."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class NormalizedLinear(nn.Module):
+    """A linear layer without bias whose rows are a direction and a length: y_k = g_k <v_k / |v_k|, x>.
+
+    Args:
+        in_features: of the input.
+        out_features: of the output.
+        fixed_magnitude: keep every length g_k at 1; otherwise it is learned, from 1.
+    """
+
+    def __init__(self, in_features: int, out_features: int, fixed_magnitude: bool) -> None:
+        super().__init__()
+        self.direction = nn.Parameter(nn.Linear(in_features, out_features, bias=False).weight.detach())
+        self.magnitude = nn.Parameter(torch.ones(out_features, 1), requires_grad=not fixed_magnitude)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(M, in_features) -> (M, out_features)."""
+        return F.linear(x, self.magnitude * F.normalize(self.direction, dim=1))
+
+
+class DINOHead(nn.Module):
+    """The projection head of DINO (Caron et al., 2021, section 3.2 and appendix C).
+
+    A three-layer MLP with GELU, L2 normalization of its bottleneck, and a weight-normalized last layer.
+
+    Args:
+        in_features: dimension of the backbone's embedding.
+        hidden: width of the MLP.
+        bottleneck: dimension of the MLP's output.
+        outputs: dimension of the last layer's output.
+        batch_norm: batch normalization after the two hidden layers.
+        fixed_magnitude: keep the last layer's rows at length 1.
+    """
+
+    def __init__(
+        self, in_features: int, hidden: int, bottleneck: int, outputs: int, batch_norm: bool, fixed_magnitude: bool
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width in (in_features, hidden):
+            layers += [nn.Linear(width, hidden), *([nn.BatchNorm1d(hidden)] if batch_norm else []), nn.GELU()]
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        self.last_layer = NormalizedLinear(bottleneck, outputs, fixed_magnitude)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(M, in_features) -> (M, outputs); each output lies between minus and plus its row's magnitude."""
+        # The length is taken in float32: 16 bits overflow at a sum of squares of 65504.
+        return self.last_layer(F.normalize(self.mlp(x).float(), dim=1))

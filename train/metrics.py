@@ -1,0 +1,159 @@
+"""What a run tells while it trains: metrics.jsonl, TensorBoard, the progress bar; and the watch on NaN and collapse."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..runtime.errors import UserError
+from ..runtime.progress import Bar
+from .datasets import ViewDataset
+from .method import Losses
+
+Item = TypeVar("Item")
+
+
+class MetricsLog:
+    """Collects the losses of each step on the device, and brings them to the host once every few steps.
+
+    Args:
+        path: metrics.jsonl; lines of steps at or after ``step`` are dropped, for they will be run again.
+        step: first step of this process.
+        dataset: for the number of images per step and of steps per epoch.
+        every_steps: steps between lines.
+        bar: shows loss and speed.
+        board: takes a dictionary of numbers and the step, as Fabric's ``log_dict``.
+
+    Attributes:
+        last: the last line.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        step: int,
+        dataset: ViewDataset,
+        every_steps: int,
+        bar: Bar,
+        board: Callable[[dict[str, float], int], None],
+    ) -> None:
+        drop_lines_from(path, step)
+        self.path = path
+        self.dataset = dataset
+        self.every_steps = every_steps
+        self.bar = bar
+        self.board = board
+        self.last: dict[str, float] = {}
+        self._losses: list[Tensor] = []
+        self._since = time.perf_counter()
+        self._waited_s = 0.0
+
+    def waiting(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """Pass the batches on, and count the time that each was waited for."""
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self._waited_s += time.perf_counter() - start
+            yield batch
+
+    def after_step(self, step: int, losses: Losses, lr: float) -> None:
+        """Take in one step; every few steps write a line."""
+        self._losses.append(torch.stack([losses.total.detach(), losses.global_pairs, losses.local_pairs]))
+        self.bar.advance()
+        if (step + 1) % self.every_steps == 0:
+            self.flush(step, losses, lr)
+
+    def flush(self, step: int, losses: Losses, lr: float) -> None:
+        """Write a line about the steps since the last one, up to ``step``, if there are any.
+
+        Raises:
+            UserError: a loss was not finite.
+        """
+        if not self._losses:
+            return
+        values = torch.stack(self._losses).cpu()  # (steps, 3): the one synchronization
+        self._losses.clear()
+        check_finite(values, step)
+        now = time.perf_counter()
+        elapsed_s, waited_s = now - self._since, self._waited_s
+        self._since, self._waited_s = now, 0.0
+        total, global_pairs, local_pairs = values.mean(dim=0).tolist()
+        self.last = {
+            "step": step,
+            "epoch": round((step + 1) / self.dataset.steps_per_epoch, 4),
+            "loss": total,
+            "loss_global": global_pairs,
+            "loss_local": local_pairs,
+            "lr": float(lr),
+            "images_per_s": round(len(values) * self.dataset.batch_size / elapsed_s, 2),
+            "data_wait_percent": round(100 * waited_s / elapsed_s, 2),
+            "feature_std": feature_std(losses.embeddings),
+            "rankme": rankme(losses.embeddings),
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self.last) + "\n")
+        self.board({name: value for name, value in self.last.items() if name != "step"}, step)
+        self.bar.advance(0, note=f"loss {total:.3f}, {self.last['images_per_s']:.0f} images/s")
+
+
+def check_finite(values: Tensor, step: int) -> None:
+    """Raise where the loss of one of the last ``len(values)`` steps up to ``step`` is not finite."""
+    bad = (~values.isfinite().all(dim=1)).nonzero()
+    if len(bad):
+        first = step - len(values) + 1 + int(bad[0])
+        raise UserError(
+            f"The loss is not finite at step {first}: most likely the learning rate is too high, the warm-up too "
+            "short, or 16 bits overflow. Lower --base-lr, lengthen --warmup-epochs or give --precision 32-true in "
+            "a new run; the last checkpoint is of an earlier step."
+        )
+
+
+def feature_std(embeddings: Tensor) -> float:
+    """Spread of the normalized embeddings over the images: 0 when all are equal, near 1 when all directions are used.
+
+    Args:
+        embeddings: (M, D).
+    """
+    directions = torch.nn.functional.normalize(embeddings.float(), dim=1)
+    return float(directions.std(dim=0).mean()) * math.sqrt(directions.shape[1])
+
+
+def rankme(embeddings: Tensor, max_rows: int = 512) -> float:
+    """Effective rank of the embeddings (Garrido et al., ICML 2023): exp of the entropy of their singular values.
+
+    It lies between 1 (all embeddings on a line: collapse) and min(M, D).
+
+    Args:
+        embeddings: (M, D); the first ``max_rows`` are used.
+        max_rows: bounds the cost.
+    """
+    values = torch.linalg.svdvals(embeddings[:max_rows].float())
+    shares = values / values.sum() + 1e-7
+    return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+def drop_lines_from(path: Path, step: int) -> None:
+    """Drop the lines of steps from ``step`` on, and a last line that was not finished."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            logged = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):
+            break
+        if logged >= step or not line.endswith("\n"):
+            break
+        kept.append(line)
+    path.write_text("".join(kept), encoding="utf-8")

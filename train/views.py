@@ -1,0 +1,140 @@
+"""What a view is: how much of the image it shows, at what size, and how it is recoloured.
+
+The paper's contribution is four values of :class:`ViewPolicy` (Tan et al., ICLR 2023, table 1): the area of the global
+crops, the area and the size of the local crops, and the weight of the two kinds of pairs in the loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..runtime.errors import UserError, unknown_name
+
+PUBLISHED_PX = 224
+"""Global view size (px) at which the published sizes and blur radii hold."""
+
+
+@dataclass(frozen=True)
+class ViewPolicy:
+    """The geometry of multi-crop and the weights of its pairs.
+
+    Attributes:
+        global_area: range of the share of the image's area that a global view shows.
+        local_area: the same for a local view.
+        local_px: side of a local view, px.
+        num_local: number of local views. There are always two global ones.
+        weight_global: weight of the mean loss over the two global-global pairs.
+        weight_local: weight of the mean loss over the 2 x num_local global-local pairs.
+        global_px: side of a global view, px.
+    """
+
+    global_area: tuple[float, float]
+    local_area: tuple[float, float]
+    local_px: int
+    num_local: int
+    weight_global: float
+    weight_local: float
+    global_px: int = PUBLISHED_PX
+
+    @property
+    def num_views(self) -> int:
+        """Number of views of one image, the two global ones included."""
+        return 2 + self.num_local
+
+    def scaled(self, global_px: int, multiple: int = 1) -> ViewPolicy:
+        """The same policy for another global view size: the local size keeps its ratio, rounded.
+
+        Args:
+            global_px: side of the global views, px.
+            multiple: what both sizes must be multiples of, px: a ViT's patch, 1 for a CNN.
+
+        Raises:
+            UserError: ``global_px`` is not a positive multiple of ``multiple``.
+        """
+        if global_px < multiple or global_px % multiple:
+            raise UserError(
+                f"A global view of {global_px} px does not divide into patches of {multiple} px: "
+                f"give --image-px a multiple of {multiple}."
+            )
+        local_px = int(self.local_px * global_px / self.global_px / multiple + 0.5) * multiple
+        return replace(self, global_px=global_px, local_px=max(local_px, multiple))
+
+
+VIEW_POLICIES = {
+    # The baselines weigh all pairs alike: 2 of 2 + 2 x 6 pairs are global-global (CNN), 2 of 2 + 2 x 10 (ViT).
+    "baseline": {
+        "cnn": ViewPolicy((0.14, 1.0), (0.05, 0.14), local_px=96, num_local=6, weight_global=1 / 7, weight_local=6 / 7),
+        "vit": ViewPolicy(
+            (0.25, 1.0), (0.05, 0.25), local_px=96, num_local=10, weight_global=1 / 11, weight_local=10 / 11
+        ),
+    },
+    "lowcompute": {
+        "cnn": ViewPolicy((0.3, 1.0), (0.05, 0.3), local_px=128, num_local=6, weight_global=0.4, weight_local=0.6),
+        "vit": ViewPolicy((0.3, 1.0), (0.05, 0.3), local_px=128, num_local=10, weight_global=0.4, weight_local=0.6),
+    },
+}
+"""Policy name -> family of network -> policy at a global view of 224 px."""
+
+
+@dataclass(frozen=True)
+class Recolouring:
+    """How a view is recoloured after the crop; the chance of each step is drawn per view.
+
+    Attributes:
+        brightness: the factor is drawn from 1 - brightness .. 1 + brightness.
+        contrast: likewise.
+        saturation: likewise.
+        hue: the shift is drawn from -hue .. hue, in turns of the colour circle.
+        blur_chance: probability of the Gaussian blur.
+        solarize_chance: probability of the solarization.
+        jitter_chance: probability of the four jitter steps, which then come in random order.
+        grayscale_chance: probability of dropping the colour.
+        flip_chance: probability of the horizontal mirror.
+    """
+
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    blur_chance: float
+    solarize_chance: float
+    jitter_chance: float = 0.8
+    grayscale_chance: float = 0.2
+    flip_chance: float = 0.5
+
+
+RECOLOURINGS = {
+    "dino": (
+        Recolouring(0.4, 0.4, 0.2, 0.1, blur_chance=1.0, solarize_chance=0.0),
+        Recolouring(0.4, 0.4, 0.2, 0.1, blur_chance=0.1, solarize_chance=0.2),
+        Recolouring(0.4, 0.4, 0.2, 0.1, blur_chance=0.5, solarize_chance=0.0),
+    ),
+}
+"""Method -> recolouring of the first global view, of the second, and of every local view."""
+
+
+def view_policy(name: str, family: str, global_px: int, multiple: int = 1) -> ViewPolicy:
+    """Look up a policy and scale it to the global view size.
+
+    Args:
+        name: ``"baseline"`` or ``"lowcompute"``.
+        family: ``"cnn"`` or ``"vit"``.
+        global_px: side of the global views, px.
+        multiple: what both view sizes must be multiples of, px.
+
+    Raises:
+        UserError: no such policy, or ``global_px`` does not fit the patch.
+    """
+    if name not in VIEW_POLICIES:
+        raise unknown_name("view policy", name, VIEW_POLICIES)
+    return VIEW_POLICIES[name][family].scaled(global_px, multiple)
+
+
+def blur_range_px(global_px: int) -> tuple[float, float]:
+    """Range of the blur's standard deviation, px, at a global view size.
+
+    Published is .1 to 2 px at 224 px, for global and local views alike, which the low-compute policy shows at equal
+    magnification. At 32 px two pixels would wipe out what the published blur leaves, so (our choice) the range keeps
+    its ratio to the global view.
+    """
+    return 0.1 * global_px / PUBLISHED_PX, 2.0 * global_px / PUBLISHED_PX

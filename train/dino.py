@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbones import MultiCropNetwork
-from .heads import DINOHead
+from .heads import DINOHead, at_least_float32
 from .method import Losses, Views
 from .ranks import mean_over_ranks
 
@@ -84,11 +84,11 @@ class DINO(nn.Module):
         num_images = len(views.global_views) // 2
         with torch.no_grad():
             embeddings, logits = self.teacher([views.global_views])
-            logits = logits.float()
+            logits = at_least_float32(logits)
             self._teacher_mean = logits.mean(dim=0)
             teacher = ((logits - self.center) / self.teacher_temperature[step]).softmax(dim=1)  # (2 N, K)
-        logits = self.student(views)[1].float() / self.student_temperature
-        student = logits.log_softmax(dim=1)  # ((2 + L) N, K)
+        logits = at_least_float32(self.student(views)[1])
+        student = (logits / self.student_temperature).log_softmax(dim=1)  # ((2 + L) N, K)
         teacher = teacher.unflatten(0, (2, num_images))  # (2, N, K)
         student_globals, student_locals = student.unflatten(0, (-1, num_images)).tensor_split([2])
         # Pairs of the one global view with the other: each teacher faces the student that saw the other view.

@@ -56,5 +56,9 @@ class DINOHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(M, in_features) -> (M, outputs); each output lies between minus and plus its row's magnitude."""
-        # The length is taken in float32: 16 bits overflow at a sum of squares of 65504.
-        return self.last_layer(F.normalize(self.mlp(x).float(), dim=1))
+        return self.last_layer(F.normalize(at_least_float32(self.mlp(x)), dim=1))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Lift 16-bit values, as autocast gives them: a sum of squares overflows at 65504, a softmax loses its tail."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

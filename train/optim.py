@@ -113,7 +113,7 @@ def prepare_step(
     LARS would make a full-sized update out of the weight decay.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr
-        group["weight_decay"] = weight_decay if group["decay"] else 0.0
+        group["lr"] = float(lr)
+        group["weight_decay"] = float(weight_decay) if group["decay"] else 0.0
     for parameter in frozen:
         parameter.grad = None

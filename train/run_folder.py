@@ -43,9 +43,19 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def backbone(self) -> Path:
+        """The weights of the result."""
+        return self.path / "backbone.safetensors"
+
+    @property
     def finished(self) -> bool:
-        """The backbone is there; its JSON is written last."""
-        return (self.path / "backbone.json").exists()
+        """The result is there; its JSON is written last."""
+        return self.backbone.exists() and self.backbone.with_suffix(".json").exists()
+
+    def last_metrics(self) -> dict[str, Any]:
+        """The last line of the metrics, or nothing."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+        return json.loads(lines[-1]) if lines else {}
 
 
 def open_run(config: PretrainConfig, data_fingerprint: str, num_images: int) -> RunFolder:

@@ -13,7 +13,7 @@ from itertools import permutations
 
 import numpy as np
 
-from .views import Recolouring, ViewPolicy
+from .views import Augmentation, ViewPolicy
 
 MIN_ASPECT, MAX_ASPECT = 3 / 4, 4 / 3
 ATTEMPTS = 10
@@ -68,15 +68,15 @@ class ViewSampler:
 
     Args:
         policy: areas and number of the views.
-        recolourings: of the first global view, the second, and every local one.
+        augmentations: of the first global view, the second, and every local one.
         blur_px: range of the blur's standard deviation, px.
         seed: of the run.
     """
 
     def __init__(
-        self, policy: ViewPolicy, recolourings: Sequence[Recolouring], blur_px: tuple[float, float], seed: int
+        self, policy: ViewPolicy, augmentations: Sequence[Augmentation], blur_px: tuple[float, float], seed: int
     ) -> None:
-        first, second, local = recolourings
+        first, second, local = augmentations
         per_view = (first, second, *[local] * policy.num_local)
         areas = [policy.global_area] * 2 + [policy.local_area] * policy.num_local
         self.seed = seed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,12 @@ from .interruption import StopRequest
 from .run_folder import RunFolder, open_run
 from .sampling import ViewSampler
 from .schedules import cosine, warmup_cosine
-from .views import PUBLISHED_PX, RECOLOURINGS, blur_range_px, view_policy
+from .views import AUGMENTATIONS, PUBLISHED_PX, blur_range_px, view_policy
+
+# Before torch loads OpenMP: at the end of each operation its threads wait for the last one, and by default they spin.
+# Where the data workers or another program hold that one's core, each operation then lasts a time slice of the system.
+# Measured on two cores with a third process at work: 130 images/s against 8.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 try:
     import torch
@@ -63,6 +68,7 @@ def pretrain(config: PretrainConfig) -> int:
     folder = open_run(config, fingerprint(images), len(images))
     if folder.finished:
         say(f"The run in '{config.out}' is finished: there is nothing to resume.")
+        report(config, folder)
         return 0
     trainer = Trainer(config, folder, fabric, backbone, dataset)
     with StopRequest() as stop:
@@ -71,22 +77,31 @@ def pretrain(config: PretrainConfig) -> int:
         say(f"Stopped after step {trainer.step} of {trainer.steps}; the same command with --resume goes on from there.")
         return 128 + (stop.signal or 0)
     trainer.export()
-    trainer.report()
+    report(config, folder)
     return 0
 
 
+def report(config: PretrainConfig, folder: RunFolder) -> None:
+    """Say on stdout what a finished run gave."""
+    last = folder.last_metrics()
+    if config.json:
+        print(json.dumps({"run": str(folder.path), "backbone": str(folder.backbone), **last}))
+    else:
+        loss = f" (loss {last['loss']:.3f} at epoch {last['epoch']:g})" if last else ""
+        print(f"Pretrained backbone{loss}: {folder.backbone}")
+
+
 def build_fabric(config: PretrainConfig) -> Fabric:
-    """The engine: device, precision, and the TensorBoard log."""
+    """The engine: device and precision."""
     if config.device not in DEVICES:
         raise unknown_name("device", config.device, DEVICES)
     if config.precision not in PRECISIONS:
         raise unknown_name("precision", config.precision, PRECISIONS)
-    available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
+    available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available[config.device]:
         usable = ", ".join(name for name in DEVICES if available[name])
         raise UserError(f"--device {config.device}: torch finds no such device here; choose one of {usable}.")
-    logger = TensorBoardLogger(config.out, name="", version="tensorboard")
-    fabric = Fabric(accelerator=config.device, devices=1, precision=config.precision, loggers=logger)  # type: ignore
+    fabric = Fabric(accelerator=config.device, devices=1, precision=config.precision)  # type: ignore[arg-type]
     if config.precision == "16-mixed" and fabric.device.type == "cpu":
         raise UserError("--precision 16-mixed needs a GPU: choose bf16-mixed or 32-true.")
     fabric.launch()
@@ -101,7 +116,7 @@ def build_dataset(config: PretrainConfig, images: ImageList, backbone: Backbone)
     if policy.local_px % backbone.patch_px:
         raise UserError(f"--local-px is {policy.local_px}: give a multiple of the patch, {backbone.patch_px} px.")
     blur_px = config.blur_px or blur_range_px(config.image_px)
-    sampler = ViewSampler(policy, RECOLOURINGS[config.method], blur_px, config.seed)
+    sampler = ViewSampler(policy, AUGMENTATIONS[config.method], blur_px, config.seed)
     return ViewDataset(images, policy, sampler, config.batch_size, config.seed)
 
 
@@ -134,7 +149,6 @@ class Trainer:
         self.network, self.optimizer = fabric.setup(self.method, optimizer)
         self.network.mark_forward_method("loss")
         self.photometric = Photometric(config.mean, config.std, dataset.sampler.blur_px[1], fabric.device)
-        self.metrics: Mapping[str, Any] = {}
         if folder.checkpoint.exists():
             self.restore()
 
@@ -145,9 +159,10 @@ class Trainer:
         lr, weight_decay = self.schedules()
         unreadable = UnreadableBudget(config.max_unreadable, len(dataset.images))
         batches = load_batches(dataset, self.step, self.steps, config.workers, fabric.device.type == "cuda")
+        board = TensorBoardLogger(self.folder.path, name="", version="tensorboard", purge_step=self.step)
         with Bar("Pretraining", self.steps) as bar:
             bar.advance(self.step)
-            log = MetricsLog(self.folder.metrics, self.step, dataset, config.log_every_steps, bar, fabric.log_dict)
+            log = MetricsLog(self.folder.metrics, self.step, dataset, config.log_every_steps, bar, board.log_metrics)
             for step, batch in enumerate(log.waiting(batches), self.step):
                 for error in batch.unreadable:
                     unreadable.skip(error)
@@ -167,7 +182,7 @@ class Trainer:
                     self.save()
                 if last:
                     break
-        self.metrics = log.last
+        board.finalize("success")
 
     def schedules(self) -> tuple[np.ndarray, np.ndarray]:
         """Learning rate and weight decay by step, (steps,) each; the peak lr is scaled by batch size / 256."""
@@ -219,12 +234,3 @@ class Trainer:
             },
         )
         torch_model.save_model(self.folder.path, "backbone", network, spec)
-
-    def report(self) -> None:
-        """Say what came of it on stdout."""
-        path = self.folder.path / "backbone.safetensors"
-        if self.config.json:
-            last = {name: value for name, value in self.metrics.items() if name != "step"}
-            print(json.dumps({"run": str(self.folder.path), "backbone": str(path), "steps": self.steps, **last}))
-        else:
-            print(f"Pretrained {self.steps} steps: {path}")

@@ -77,7 +77,7 @@ VIEW_POLICIES = {
 
 
 @dataclass(frozen=True)
-class Recolouring:
+class Augmentation:
     """How a view is recoloured after the crop; the chance of each step is drawn per view.
 
     Attributes:
@@ -103,14 +103,14 @@ class Recolouring:
     flip_chance: float = 0.5
 
 
-RECOLOURINGS = {
+AUGMENTATIONS = {
     "dino": (
-        Recolouring(0.4, 0.4, 0.2, 0.1, blur_chance=1.0, solarize_chance=0.0),
-        Recolouring(0.4, 0.4, 0.2, 0.1, blur_chance=0.1, solarize_chance=0.2),
-        Recolouring(0.4, 0.4, 0.2, 0.1, blur_chance=0.5, solarize_chance=0.0),
+        Augmentation(0.4, 0.4, 0.2, 0.1, blur_chance=1.0, solarize_chance=0.0),
+        Augmentation(0.4, 0.4, 0.2, 0.1, blur_chance=0.1, solarize_chance=0.2),
+        Augmentation(0.4, 0.4, 0.2, 0.1, blur_chance=0.5, solarize_chance=0.0),
     ),
 }
-"""Method -> recolouring of the first global view, of the second, and of every local view."""
+"""Method -> augmentation of the first global view, of the second, and of every local view."""
 
 
 def view_policy(name: str, family: str, global_px: int, multiple: int = 1) -> ViewPolicy:

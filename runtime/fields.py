@@ -111,7 +111,8 @@ class Fields:
 
     def fields(self, key: str) -> Fields:
         """A JSON object, to be checked field by field."""
-        return Fields(self.object(key), f"{self.what}, {key}")
+        value = self.object(key)
+        return Fields(value, f"{self.what}, {key if key.isprintable() and len(key) <= 100 else repr(key[:100])}")
 
 
 def _is_finite(value: object) -> bool:

@@ -1,0 +1,144 @@
+"""OpenVINO on the CPU: latency hint, one stream, the given number of threads, no cache, float arithmetic in float32.
+
+The precision is stated because OpenVINO otherwise computes every float layer in bfloat16 where the CPU can, silently.
+
+What executed is read from the compiled model's runtime graph, whose nodes carry the types and shapes that were chosen.
+Attention is fused there into one node without its inner shapes, so its matrix products are looked up in the file's own
+graph by the names that the fused node keeps. Where the sum of both is not the file's, the share is not known.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .backend import Placement, cannot_load, check_batch
+from .errors import UserError, require
+from .macs import INTEGER_TYPES, convolution_macs, matmul_macs
+
+# Node types of the runtime graph.
+CONVOLUTIONS = frozenset({"Convolution", "GroupConvolution"})
+MATRIX_PRODUCTS = frozenset({"FullyConnected", "MatMul"})
+FUSED = "Subgraph"
+CONSTANTS = frozenset({"Const", "Input", "Output"})
+
+# Operators of the file whose multiply-accumulates are not worked out here.
+UNCOUNTED = """ConvolutionBackpropData GroupConvolutionBackpropData DeformableConvolution Einsum Loop If
+ScaledDotProductAttention TensorIterator LSTMCell LSTMSequence GRUCell GRUSequence RNNCell RNNSequence"""
+
+
+class OpenVinoBackend:
+    """A network in OpenVINO.
+
+    Args:
+        model: the .xml file, its weights in the .bin file of the same name; one float32 input of static shape.
+        threads: threads of one inference.
+    """
+
+    def __init__(self, model: Path, threads: int) -> None:
+        openvino = require("openvino", "openvino")
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+            "INFERENCE_NUM_THREADS": str(threads),
+            "INFERENCE_PRECISION_HINT": "f32",
+            "CACHE_DIR": "",
+        }
+        try:
+            self._model = openvino.Core().read_model(model)
+            self._compiled = openvino.compile_model(self._model, "CPU", settings)
+        except Exception as error:  # RuntimeError mostly, but each frontend has its own
+            raise cannot_load("OpenVINO", model, error) from None
+        inputs, outputs = self._model.inputs, self._model.outputs
+        shapes = [port.get_partial_shape() for port in (*inputs, *outputs)]
+        if [len(shape) for shape in shapes if shape.is_static] != [4, 2] or len(inputs) != 1:
+            given = [str(shape) for shape in shapes]
+            raise UserError(
+                f"The model '{model}' has {given}: it must have one input of 4 fixed sides and one (N, K) output."
+            )
+        self.input_shape: tuple[int, ...] = tuple(shapes[0].to_shape())
+        self._request = self._compiled.create_infer_request()
+
+    def __enter__(self) -> OpenVinoBackend:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        """Outputs (N, K) float32 for a batch of ``input_shape``."""
+        check_batch(batch, self.input_shape)
+        self._request.infer([batch], share_inputs=True)
+        return self._request.get_output_tensor(0).data.copy()
+
+    def close(self) -> None:
+        """Free the request, the compiled model and the file's graph."""
+        del self._request, self._compiled, self._model
+
+    def placement(self) -> Placement:
+        """What one inference executes, from the runtime graph (see the module's head)."""
+        macs_by_name, uncounted = _macs_of_file(self._model)
+        int8_macs = total_macs = 0
+        ops: Counter[str] = Counter()
+        for node in self._compiled.get_runtime_model().get_ordered_ops():
+            kind = _info(node, "layerType")
+            if kind in CONSTANTS:
+                continue
+            ops[kind] += 1
+            macs = _macs_of_node(node, kind, macs_by_name)
+            total_macs += macs
+            int8_macs += macs if macs and _is_integer(node, kind) else 0
+        if total_macs != sum(macs_by_name.values()):
+            uncounted["(not found in the runtime graph)"] = 1
+        return Placement(int8_macs, total_macs, dict(sorted(ops.items())), dict(uncounted))
+
+
+def _info(node: Any, key: str) -> str:
+    return node.get_rt_info()[key].astype(str)
+
+
+def _shapes(node: Any) -> tuple[list[list[int]], list[int]]:
+    """Shapes of the inputs, [] where not static, and of the first output."""
+    ports = [port.get_partial_shape() for port in (*node.inputs(), node.outputs()[0])]
+    shapes = [list(shape.to_shape()) if shape.is_static else [] for shape in ports]
+    return shapes[:-1], shapes[-1]
+
+
+def _macs_of_file(model: Any) -> tuple[dict[str, int], Counter[str]]:
+    """MACs of each operator of the file that has some, by its name, and the operators that are not counted."""
+    macs: dict[str, int] = {}
+    uncounted: Counter[str] = Counter()
+    for node in model.get_ordered_ops():
+        kind = node.get_type_name()
+        if kind in CONVOLUTIONS:
+            inputs, output = _shapes(node)
+            macs[node.get_friendly_name()] = convolution_macs(output, inputs[1], output[1])
+        elif kind == "MatMul":
+            inputs, output = _shapes(node)
+            macs[node.get_friendly_name()] = matmul_macs(inputs[0], inputs[1], output) or 0
+        elif kind in UNCOUNTED.split():
+            uncounted[kind] += 1
+    return macs, uncounted
+
+
+def _macs_of_node(node: Any, kind: str, macs_by_name: dict[str, int]) -> int:
+    """MACs of a node of the runtime graph; 0 where it has none or does not show them."""
+    if kind == FUSED:
+        return sum(macs_by_name.get(name, 0) for name in _info(node, "originalLayersNames").split(","))
+    if kind not in CONVOLUTIONS and kind not in MATRIX_PRODUCTS:
+        return 0
+    inputs, output = _shapes(node)
+    if len(inputs) < 2 or not inputs[1] or not output:
+        return 0
+    if kind in CONVOLUTIONS:
+        return convolution_macs(output, inputs[1], output[1])
+    return matmul_macs(inputs[0], inputs[1], output) or 0
+
+
+def _is_integer(node: Any, kind: str) -> bool:
+    """Whether data and weights are 8-bit integers; of fused attention, whether all its inputs are."""
+    operands = node.inputs() if kind == FUSED else node.inputs()[:2]
+    return all(port.get_element_type().get_type_name() in INTEGER_TYPES for port in operands)

@@ -144,6 +144,10 @@ class PretrainConfig:
             raise UserError(f"--resize-px is {self.resize_px}: give at least --image-px, {self.image_px}.")
         if self.blur_px is not None and not 0 < self.blur_px[0] <= self.blur_px[1]:
             raise UserError(f"--blur-px is {self.blur_px}: give a positive range, the smaller value first.")
+        if not all(value > 0 for value in self.std):
+            raise UserError(f"--std is {self.std}: every value must be above 0.")
+        if self.channels is not None and not all(1 <= value <= 2**16 for value in self.channels):
+            raise UserError(f"--channels is {self.channels}: give a number of channels from 1 to 65536 for each stage.")
         if self.export_weights not in ("student", "teacher"):
             raise UserError(f"--export-weights is {self.export_weights!r}: choose student or teacher.")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..runtime.errors import unknown_name
 from .backbones import Backbone, feature_dim
 from .config import PretrainConfig
 from .dino import DINO
@@ -48,9 +47,3 @@ def build_dino(
 
 
 METHODS: dict[str, Callable[[PretrainConfig, Backbone, ViewPolicy, int, int], Method]] = {"dino": build_dino}
-
-
-def check_method(name: str) -> None:
-    """Raises UserError for a method that is not in METHODS."""
-    if name not in METHODS:
-        raise unknown_name("method", name, METHODS)

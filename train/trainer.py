@@ -34,12 +34,12 @@ try:
     from . import checkpoint
     from .backbones import Backbone, feature_dim, find_backbone
     from .datasets import ViewDataset, load_batches
-    from .methods import METHODS, check_method
+    from .methods import METHODS
     from .metrics import MetricsLog
-    from .optim import build_optimizer, prepare_step
+    from .optim import OPTIMIZERS, build_optimizer, prepare_step
     from .photometric import Photometric
 except ModuleNotFoundError as error:
-    require(error.name or "torch", "train")
+    require((error.name or "torch").partition(".")[0], "train")
     raise
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -60,7 +60,9 @@ def pretrain(config: PretrainConfig) -> int:
         UserError: something given cannot work; what lies in the run folder is whole.
     """
     config.check()
-    check_method(config.method)
+    for kind, name, table in (("method", config.method, METHODS), ("optimizer", config.optimizer, OPTIMIZERS)):
+        if name not in table:
+            raise unknown_name(kind, name, table)
     fabric = build_fabric(config)
     images = list_images(config.data, config.limit, config.seed)
     backbone = find_backbone(config.backbone, config.image_px, config.channels, config.patch_px)
@@ -97,13 +99,14 @@ def build_fabric(config: PretrainConfig) -> Fabric:
         raise unknown_name("device", config.device, DEVICES)
     if config.precision not in PRECISIONS:
         raise unknown_name("precision", config.precision, PRECISIONS)
-    available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"auto": True, "cpu": True, **gpus}
     if not available[config.device]:
         usable = ", ".join(name for name in DEVICES if available[name])
         raise UserError(f"--device {config.device}: torch finds no such device here; choose one of {usable}.")
-    fabric = Fabric(accelerator=config.device, devices=1, precision=config.precision)  # type: ignore[arg-type]
-    if config.precision == "16-mixed" and fabric.device.type == "cpu":
+    if config.precision == "16-mixed" and (config.device == "cpu" or not any(gpus.values())):
         raise UserError("--precision 16-mixed needs a GPU: choose bf16-mixed or 32-true.")
+    fabric = Fabric(accelerator=config.device, devices=1, precision=config.precision)  # type: ignore[arg-type]
     fabric.launch()
     return fabric
 

@@ -34,13 +34,13 @@ def pillow(image, top, left, height, width, flip, px):
 )
 def test_equals_pillow(size, box, px, flip):
     out = np.empty((px, px, 3), dtype=np.uint8)
-    soft, hard = noise(*size, 80, 176), noise(*size, 0, 256)
-    crop_view(soft, *box, flip, out)
-    difference = np.abs(out.astype(int) - pillow(soft, *box, flip, px))
+    soft, hard = noise(*size, low=80, high=176), noise(*size, low=0, high=256)
+    crop_view(soft, *box, flip=flip, out=out)
+    difference = np.abs(out.astype(int) - pillow(soft, *box, flip=flip, px=px))
     assert difference.max() <= 2
     assert difference.mean() < 0.4
-    crop_view(hard, *box, flip, out)  # white noise at full contrast: the filter overshoots everywhere
-    assert np.abs(out.astype(int) - pillow(hard, *box, flip, px)).mean() < 1
+    crop_view(hard, *box, flip=flip, out=out)  # white noise at full contrast: the filter overshoots everywhere
+    assert np.abs(out.astype(int) - pillow(hard, *box, flip=flip, px=px)).mean() < 1
 
 
 def test_nothing_outside_the_crop_shows_through():

@@ -1,6 +1,7 @@
 """DINO against a slow re-derivation: every pair of views by itself, in float64."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ class Pool(nn.Module):
         return self.norm(self.conv(x)).relu().mean(dim=(2, 3))
 
 
-def method(**changes):
+def method(**changes) -> Any:
     torch.manual_seed(0)
     head = DINOHead(6, hidden=12, bottleneck=8, outputs=OUTPUTS, batch_norm=True, fixed_magnitude=True)
     given = {

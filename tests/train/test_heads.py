@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -7,7 +9,7 @@ from midge.train.heads import DINOHead, NormalizedLinear
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def head(**changes):
+def head(**changes) -> Any:
     torch.manual_seed(0)
     sizes = {
         "in_features": 6,
@@ -22,7 +24,7 @@ def head(**changes):
 
 def test_normalized_linear_equals_torchs_weight_norm():
     ours = NormalizedLinear(5, 7, fixed_magnitude=False)
-    theirs = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(5, 7, bias=False), dim=0)
+    theirs: Any = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(5, 7, bias=False), dim=0)
     magnitudes = torch.linspace(0.5, 2, 7).unsqueeze(1)
     with torch.no_grad():
         ours.magnitude.copy_(magnitudes)

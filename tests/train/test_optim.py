@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from midge.train.optim import LARS, build_optimizer, parameter_groups, prepare_s
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def network():
+def network() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 8, 3),

@@ -1,5 +1,7 @@
 """Each step against torchvision's on float tensors (the same law, so 1e-5), and the chain against Pillow's on uint8."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -25,6 +27,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FACTORS = [0.6, 0.85, 1.0, 1.4]
 SHIFTS = [-0.1, -0.03, 0.0, 0.1]
 CPU = torch.device("cpu")
+STEPS: Any = [
+    reference.adjust_brightness,
+    reference.adjust_contrast,
+    reference.adjust_saturation,
+    reference.adjust_hue,
+]
 
 
 @pytest.fixture
@@ -108,15 +116,9 @@ def normalize(x):
 
 def torchvision_chain(image, p, radius):
     """The recipe on one (3, h, w) float tensor."""
-    steps = [
-        reference.adjust_brightness,
-        reference.adjust_contrast,
-        reference.adjust_saturation,
-        reference.adjust_hue,
-    ]
     for kind in p["jitter_order"]:
         if kind >= 0:
-            image = steps[kind](image, float(p["jitter_factor"][kind]))
+            image = STEPS[kind](image, float(p["jitter_factor"][kind]))
     if p["grayscale"]:
         image = reference.rgb_to_grayscale(image, 3)
     if p["blur_sigma"] > 0:
@@ -124,17 +126,11 @@ def torchvision_chain(image, p, radius):
     return reference.solarize(image, 0.5) if p["solarize"] else image
 
 
-def pillow_chain(image, p):
+def pillow_chain(image: Any, p):
     """The recipe as the papers' code runs it: Pillow, rounded to uint8 after each step."""
-    steps = [
-        reference.adjust_brightness,
-        reference.adjust_contrast,
-        reference.adjust_saturation,
-        reference.adjust_hue,
-    ]
     for kind in p["jitter_order"]:
         if kind >= 0:
-            image = steps[kind](image, float(p["jitter_factor"][kind]))
+            image = STEPS[kind](image, float(p["jitter_factor"][kind]))
     if p["grayscale"]:
         image = reference.rgb_to_grayscale(image, 3)
     if p["blur_sigma"] > 0:

@@ -1,0 +1,296 @@
+"""The whole of ``midge pretrain`` on tiny settings: real data workers, real signals, real files."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from midge.__main__ import main
+from midge.runtime.errors import UserError
+from midge.runtime.images import list_images, load_image
+from midge.runtime.torch_model import load_model
+from midge.train import checkpoint
+from midge.train.recipes import quickstart
+from midge.train.trainer import pretrain
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = {
+    "channels": (8, 8, 8, 8),
+    "epochs": 2.0,
+    "batch_size": 8,
+    "head_hidden": 16,
+    "head_bottleneck": 8,
+    "head_outputs": 32,
+    "num_local": 2,
+    "warmup_epochs": 0.5,
+    "workers": 0,
+    "device": "cpu",
+    "checkpoint_every_steps": 2,
+    "log_every_steps": 2,
+}
+
+
+def tiny(data, out, **changes):
+    return quickstart(data, out, **{**TINY, **changes})
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run):
+    return (run / "backbone.safetensors").read_bytes()
+
+
+def test_end_to_end(image_folder, tmp_path, capsys):
+    data, run = image_folder(28), tmp_path / "run"
+    assert pretrain(tiny(data, run, workers=2)) == 0
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    events = {name for name in names if name.startswith("tensorboard/events.out.tfevents")}
+    files = {"config.json", "metrics.jsonl", "checkpoints/last.pt", "backbone.safetensors", "backbone.json"}
+    assert names == files | events
+    assert len(events) == 1
+    network, spec = load_model(run, "backbone")
+    assert (spec.timm_name, spec.feature_dim, spec.input_px) == ("resnet18", 8, 32)
+    assert spec.trained["steps"] == 6  # 28 images are three whole batches
+    images = list_images(data)
+    batch = torch.from_numpy(np.stack([spec.preprocess(load_image(images.path(i))) for i in range(8)]))
+    assert network(batch).std(dim=0).min() > 0
+    assert "Pretrained backbone (loss 3." in capsys.readouterr().out
+
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == [1, 2, 3, 5]  # every second step, and each epoch's last
+    peak = 0.48 * 8 / 256
+    cosine = [0.0048 + (peak - 0.0048) * (1 + np.cos(np.pi * i / 4)) / 2 for i in range(4)]
+    assert [line["lr"] for line in lines] == pytest.approx([peak, cosine[0], cosine[1], cosine[3]])
+    assert lines[-1]["epoch"] == 2
+    assert lines[0]["loss"] == pytest.approx(0.4 * lines[0]["loss_global"] + 0.6 * lines[0]["loss_local"], rel=1e-5)
+
+
+def test_equal_runs_give_equal_bytes_and_other_seeds_others(image_folder, tmp_path):
+    data = image_folder()
+    for name, changes in {"a": {}, "b": {"workers": 1}, "c": {"seed": 1}}.items():
+        assert pretrain(tiny(data, tmp_path / name, epochs=1.0, **changes)) == 0
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert (tmp_path / "a/backbone.json").read_bytes() == (tmp_path / "b/backbone.json").read_bytes()
+    assert weights(tmp_path / "a") != weights(tmp_path / "c")
+
+
+def test_teacher_can_be_kept(image_folder, tmp_path):
+    data = image_folder()
+    for name in ("student", "teacher"):
+        assert pretrain(tiny(data, tmp_path / name, epochs=1.0, export_weights=name)) == 0
+    state = checkpoint.load(tmp_path / "teacher/checkpoints/last.pt", identity(tmp_path / "teacher"))["method"]
+    kept: Any = load_model(tmp_path / "teacher", "backbone")[0]
+    assert torch.equal(kept.conv1.weight, state["teacher.backbone.conv1.weight"])
+    assert not torch.equal(kept.conv1.weight, state["student.backbone.conv1.weight"])
+    assert weights(tmp_path / "teacher") != weights(tmp_path / "student")
+
+
+def identity(run):
+    return json.loads((run / "backbone.json").read_text())["trained"]["run"]
+
+
+def test_vit_with_adamw_drop_path_and_bfloat16(image_folder, tmp_path):
+    changes = {
+        "backbone": "vit_tiny_patch16_224",
+        "channels": None,
+        "patch_px": 8,
+        "drop_path": 0.1,
+        "optimizer": "adamw",
+        "base_lr": 5e-4,
+        "head_batch_norm": False,
+        "fixed_magnitude": False,
+        "precision": "bf16-mixed",
+    }
+    assert pretrain(tiny(image_folder(), tmp_path / "run", epochs=0.7, **changes)) == 0
+    network, spec = load_model(tmp_path / "run", "backbone")
+    assert (spec.timm_args, spec.trained["local_px"]) == ({"img_size": 32, "patch_size": 8}, 16)
+    assert next(network.parameters()).dtype == torch.float32
+
+
+LONG = {"epochs": 30.0, "drop_path": 0.1}  # 90 steps; the drop path draws from torch's generator
+
+
+def kill_after_the_first_checkpoint(config, tmp_path):
+    """Run in another process and kill it, mid-step as it happens."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import pathlib, torch; torch.set_num_threads(1)\n"
+        "from midge.train.config import PretrainConfig; from midge.train.trainer import pretrain\n"
+        f"from pathlib import PosixPath\npretrain({config!r})\n"
+    )
+    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
+    try:
+        wait_for(config.out / "checkpoints" / "last.pt")
+        time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(path, timeout_s=60.0):
+    end = time.monotonic() + timeout_s
+    while not path.exists():
+        assert time.monotonic() < end, f"no {path}"
+        time.sleep(0.005)
+
+
+def test_killed_and_resumed_equals_uninterrupted(image_folder, tmp_path, capsys):
+    data = image_folder()
+    whole, killed = tiny(data, tmp_path / "whole", **LONG), tiny(data, tmp_path / "killed", workers=1, **LONG)
+    kill_after_the_first_checkpoint(killed, tmp_path)
+    assert not (killed.out / "backbone.safetensors").exists()
+    assert pretrain(dataclasses.replace(killed, resume=True)) == 0
+    assert "Resumed after step" in capsys.readouterr().err
+    assert pretrain(whole) == 0
+    assert weights(whole.out) == weights(killed.out)
+    steps = [line["step"] for line in metrics(killed.out)]
+    assert steps == sorted(set(steps)) == [line["step"] for line in metrics(whole.out)]
+    assert [line["loss"] for line in metrics(whole.out)] == [line["loss"] for line in metrics(killed.out)]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(image_folder, tmp_path, capsys, number, code):
+    config = tiny(image_folder(), tmp_path / "run", epochs=300.0, workers=1)
+
+    def send():
+        wait_for(config.out / "checkpoints" / "last.pt")
+        os.kill(os.getpid(), number)
+
+    handler = signal.getsignal(number)
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert pretrain(config) == code
+    sender.join()
+    assert signal.getsignal(number) is handler
+    assert "with --resume goes on from there" in capsys.readouterr().err
+    assert not (config.out / "backbone.json").exists()
+    description = json.loads((config.out / "config.json").read_text())
+    assert description["config"]["epochs"] == 300
+    done = torch.load(config.out / "checkpoints/last.pt", weights_only=True)["step"]
+    assert metrics(config.out)[-1]["step"] == done - 1
+
+
+def test_finished_run_has_nothing_to_resume(image_folder, tmp_path, capsys):
+    config = tiny(image_folder(), tmp_path / "run", epochs=1.0)
+    assert pretrain(config) == 0
+    before = {path: path.stat().st_mtime_ns for path in config.out.rglob("*")}
+    capsys.readouterr()
+    assert pretrain(dataclasses.replace(config, resume=True, json=True)) == 0
+    printed = capsys.readouterr()
+    assert "is finished" in printed.err
+    assert json.loads(printed.out)["epoch"] == 1
+    assert {path: path.stat().st_mtime_ns for path in config.out.rglob("*")} == before
+    with pytest.raises(UserError, match="holds a run already"):
+        pretrain(config)
+    with pytest.raises(UserError, match=r"epochs 1\.0 there and 2\.0 now"):
+        pretrain(dataclasses.replace(config, resume=True, epochs=2.0))
+
+
+def test_killed_before_the_export(image_folder, tmp_path):
+    config = tiny(image_folder(), tmp_path / "run", epochs=1.0, workers=1)
+    assert pretrain(config) == 0
+    expected = weights(config.out)
+    (config.out / "backbone.json").unlink()
+    (config.out / "backbone.safetensors").write_bytes(b"half")
+    assert pretrain(dataclasses.replace(config, resume=True)) == 0
+    assert weights(config.out) == expected
+
+
+def test_loss_that_explodes_stops_the_run_and_keeps_the_good_checkpoint(image_folder, tmp_path):
+    changes = {
+        "optimizer": "adamw",
+        "base_lr": 1e3,
+        "weight_decay": 10.0,
+        "weight_decay_end": 10.0,
+        "warmup_epochs": 0.0,
+    }
+    config = tiny(image_folder(), tmp_path / "run", epochs=30.0, **changes)
+    with pytest.raises(UserError, match=r"The loss is not finite at step \d+: .*--base-lr") as caught:
+        pretrain(config)
+    failed = int(str(caught.value).split("at step ")[1].split(":")[0])
+    state = torch.load(config.out / "checkpoints/last.pt", weights_only=True)
+    assert 0 < state["step"] <= failed
+    assert all(np.isfinite(line["loss"]) for line in metrics(config.out))
+    assert not (config.out / "backbone.json").exists()
+
+
+def test_unreadable_images_are_skipped_up_to_a_share(image_folder, tmp_path, capsys):
+    data = image_folder(40)
+    for name in ("003.png", "007.png"):
+        (data / name).write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"2 of 40 images are unreadable \(5.0%, allowed 4.0%\)"):
+        pretrain(tiny(data, tmp_path / "strict", epochs=1.0, max_unreadable=0.04))
+    capsys.readouterr()
+    assert pretrain(tiny(data, tmp_path / "lenient", epochs=2.0, max_unreadable=0.05, workers=2)) == 0
+    skipped = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Skipped")]
+    assert sorted(line.split("'")[1].rsplit("/", 1)[1] for line in skipped) == ["003.png", "007.png"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "simclr"}, "Unknown method 'simclr': choose one of dino."),
+        ({"backbone": "resnet19"}, "Unknown backbone 'resnet19': did you mean"),
+        ({"views": "tiny"}, "Unknown view policy 'tiny': choose one of baseline, lowcompute."),
+        ({"optimizer": "sgd"}, "Unknown optimizer 'sgd': choose one of adamw, lars."),
+        ({"device": "tpu"}, "Unknown device 'tpu': choose one of"),
+        ({"precision": "8"}, "Unknown precision '8': choose one of"),
+        ({"precision": "16-mixed"}, "--precision 16-mixed needs a GPU"),
+        ({"batch_size": 64}, "gives 24 images, fewer than one batch of 64: lower --batch-size"),
+        ({"seed": -3}, "--seed is -3"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(image_folder, tmp_path, changes, message):
+    config = tiny(image_folder(), tmp_path / "run", **changes)
+    with pytest.raises(UserError) as caught:
+        pretrain(config)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not config.out.exists()
+
+
+def test_command_line_reports_mistakes_with_exit_code_2(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "notes.txt").write_text("no image")
+    for data, message in [("missing", "No folder at"), ("empty", "is an empty folder"), ("texts", "but no image")]:
+        assert main(["pretrain", "--data", str(tmp_path / data), "--out", str(tmp_path / "run")]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("midge: error: ")
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_below_a_file_is_refused(image_folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    arguments = ["--data", str(image_folder()), "--out", str(tmp_path / "file" / "run"), "--batch-size", "8"]
+    assert main(["pretrain", *arguments, "--image-px", "32", "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "Not a directory" in error
+    assert error.count("\n") == 1
+
+
+def test_missing_package_names_the_extra(tmp_path):
+    """In a process that cannot import lightning."""
+    code = (
+        "import sys; sys.modules['lightning'] = None\n"
+        f"from midge.__main__ import main; sys.exit(main(['pretrain', '--data', {str(tmp_path)!r}, '--out', 'x']))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(tmp_path))
+    assert result.returncode == 2
+    assert "pip install 'midge[train]'" in result.stderr
+    assert "Traceback" not in result.stderr

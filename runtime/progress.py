@@ -30,6 +30,7 @@ class Bar:
         self.done = 0
         self.note = ""
         self._started = self._logged = time.monotonic()
+        self._done_logged = -1
         self._rich: Progress | None = None
         if console.is_terminal:
             self._rich = Progress(
@@ -52,7 +53,7 @@ class Bar:
     def __exit__(self, *exc: object) -> None:
         if self._rich:
             self._rich.stop()
-        elif time.monotonic() - self._started > 2:
+        elif time.monotonic() - self._started > 2 and self._done_logged != self.done:
             self._log()
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
@@ -67,6 +68,7 @@ class Bar:
 
     def _log(self) -> None:
         self._logged = time.monotonic()
+        self._done_logged = self.done
         of = f"/{self.total}" if self.total is not None else ""
         seconds = self._logged - self._started
         line = f"{self.description}: {self.done}{of} in {seconds:.0f} s {self.note}"

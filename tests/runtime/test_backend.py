@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from midge.runtime.artifact import Variant
+from midge.runtime.backend import BACKENDS, Placement, check_batch, open_backend, predict
+from midge.runtime.errors import UserError
+from midge.runtime.preprocess import Preprocess
+from midge.runtime.torch_model import ModelSpec, build_model, save_model
+
+PX = 32
+SPECS = {
+    "resnet18": ModelSpec("resnet18", {"channels": (16, 24, 32, 64)}, 10, 64, (), Preprocess(PX, PX), PX),
+    "mobilenetv2_050": ModelSpec("mobilenetv2_050", {}, 10, 1280, (), Preprocess(PX, PX), PX),
+}
+
+
+def variant(name: str, model: Path) -> Variant:
+    return Variant(name=name, model=model, size_bytes=1, sha256="0" * 64, note="")
+
+
+def export(model: Any, folder: Path, images: np.ndarray) -> dict[str, Variant]:
+    """One network as each runtime takes it, in float32 and in 8 bits."""
+    import openvino
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter and the quantizer use what their own dependencies deprecate
+        torch.onnx.export(
+            model,
+            (torch.zeros(1, 3, PX, PX),),
+            folder / "model.onnx",
+            input_names=["image"],
+            output_names=["logits"],
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        quantize(folder / "model.onnx", folder / "int8.onnx", images)
+    for stem in ("model", "int8"):
+        network = openvino.Core().read_model(folder / f"{stem}.onnx")
+        openvino.save_model(network, folder / f"{stem}.xml", compress_to_fp16=False)
+    files = {
+        "torch-fp32": "model.safetensors",
+        "onnx-fp32": "model.onnx",
+        "onnx-int8-u8": "int8.onnx",
+        "openvino-fp32": "model.xml",
+        "openvino-int8": "int8.xml",
+    }
+    return {name: variant(name, folder / file) for name, file in files.items()}
+
+
+def quantize(model: Path, quantized: Path, images: np.ndarray) -> None:
+    """Asymmetric uint8 activations, symmetric per-channel int8 weights."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.items = iter([{"image": image[None]} for image in images])
+
+        def get_next(self) -> dict[str, np.ndarray]:
+            return next(self.items, {})
+
+    prepared = quantized.with_suffix(".prepared.onnx")
+    quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
+    quantize_static(
+        str(prepared),
+        str(quantized),
+        Reader(),
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+
+
+def macs_by_hooks(model: Any) -> int:
+    """The sum over convolutions and linear layers, written out."""
+    import torch
+    from torch import nn
+
+    total = 0
+
+    def count(module: Any, inputs: Any, output: Any) -> None:
+        nonlocal total
+        if isinstance(module, nn.Conv2d):
+            height, width = module.kernel_size
+            total += output.numel() * height * width * module.in_channels // module.groups
+        else:
+            total += output.numel() * module.in_features
+
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    with torch.inference_mode():
+        model(torch.zeros(1, 3, PX, PX))
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_every_runtime_gives_the_same_outputs_and_counts_the_same_macs(name: str, tmp_path: Path) -> None:
+    import torch
+
+    torch.manual_seed(0)
+    model = build_model(SPECS[name])
+    save_model(tmp_path, "model", model, SPECS[name])
+    images = np.random.default_rng(0).normal(size=(8, 3, PX, PX)).astype(np.float32)
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(images)).numpy()
+    macs = macs_by_hooks(model)
+    for variant_name, exported in export(model, tmp_path, images).items():
+        with open_backend(exported) as backend:
+            assert backend.input_shape == (1, 3, PX, PX)
+            outputs = predict(backend, images)
+            placement = backend.placement()
+        assert outputs.dtype == np.float32
+        is_int8 = "int8" in variant_name
+        error = np.abs(outputs - expected).max() / np.abs(expected).max()
+        assert error < (0.3 if is_int8 else 1e-4), variant_name
+        assert not is_int8 or error > 1e-4, "the quantized network gives the very outputs of the float one"
+        # Equal, though ONNX Runtime's blocked layout pads the 8 channels of mobilenetv2_050 to 16.
+        assert placement.total_macs == macs, variant_name
+        assert placement.share == (1.0 if is_int8 else 0.0), variant_name
+        convolution = {"torch": "convolution", "onnx": "QLinearConv" if is_int8 else "Conv", "openvino": "Convolution"}
+        assert placement.ops[convolution[variant_name.partition("-")[0]]] >= 20
+
+
+@pytest.fixture
+def small_onnx(tmp_path: Path) -> Path:
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["image", "weight"], ["maps"], pads=[1, 1, 1, 1]),
+        helper.make_node("ReduceMean", ["maps"], ["logits"], axes=[2, 3], keepdims=0),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 4])],
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    (tmp_path / "small.onnx").write_bytes(model.SerializeToString())
+    return tmp_path / "small.onnx"
+
+
+@pytest.fixture
+def small(small_onnx: Path, tmp_path: Path) -> dict[str, Variant]:
+    import openvino
+
+    openvino.save_model(openvino.Core().read_model(small_onnx), tmp_path / "small.xml", compress_to_fp16=False)
+    save_model(tmp_path, "small", build_model(SPECS["resnet18"]), SPECS["resnet18"])
+    return {
+        "onnxruntime": variant("onnx-fp32", small_onnx),
+        "openvino": variant("openvino-fp32", tmp_path / "small.xml"),
+        "torch": variant("torch-fp32", tmp_path / "small.safetensors"),
+    }
+
+
+@pytest.mark.parametrize("runtime", sorted(BACKENDS))
+def test_batches_are_checked_and_outputs_are_not_shared(small: dict[str, Variant], runtime: str) -> None:
+    with open_backend(small[runtime]) as backend:
+        batch = np.random.default_rng(0).normal(size=backend.input_shape).astype(np.float32)
+        first = backend.run(batch)
+        kept = first.copy()
+        turned = np.ascontiguousarray(batch.transpose(0, 1, 3, 2))
+        assert not np.allclose(backend.run(turned), kept, atol=1e-6)
+        np.testing.assert_array_equal(first, kept)
+        np.testing.assert_allclose(backend.run(turned.transpose(0, 1, 3, 2)), kept, atol=1e-5)
+        for wrong in (batch[0], np.concatenate([batch, batch]), batch.astype(np.float64)):
+            with pytest.raises(ValueError, match="the network takes"):
+                backend.run(wrong)
+        assert predict(backend, []).shape == (0, 0)
+
+
+def test_threads_and_precision_reach_the_runtimes(small: dict[str, Variant]) -> None:
+    import torch
+
+    for threads in (1, 2):
+        with open_backend(small["onnxruntime"], threads) as backend:
+            options = backend._session.get_session_options()  # type: ignore[attr-defined]
+            assert (options.intra_op_num_threads, options.inter_op_num_threads) == (threads, 1)
+        with open_backend(small["openvino"], threads) as backend:
+            compiled = backend._compiled  # type: ignore[attr-defined]
+            assert compiled.get_property("INFERENCE_NUM_THREADS") == threads
+            assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
+            assert compiled.get_property("NUM_STREAMS") == 1
+        before = torch.get_num_threads()
+        with open_backend(small["torch"], threads):
+            assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == before
+    with pytest.raises(UserError, match="Cannot run with 0 threads: give at least 1"):
+        open_backend(small["onnxruntime"], 0)
+
+
+@pytest.mark.parametrize(
+    ("module", "runtime", "extra"), [("openvino", "openvino", "openvino"), ("torch", "torch", "train")]
+)
+def test_missing_package_names_the_extra(
+    small: dict[str, Variant], monkeypatch: pytest.MonkeyPatch, module: str, runtime: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"'{module}' is not installed .*pip install 'midge\[{extra}\]'"):
+        open_backend(small[runtime])
+
+
+@pytest.mark.parametrize(
+    ("runtime", "says"), [("onnxruntime", "ONNX Runtime cannot load"), ("openvino", "OpenVINO cannot")]
+)
+def test_damaged_models_are_one_line(small: dict[str, Variant], runtime: str, says: str) -> None:
+    model = small[runtime].model
+    for content in (b"", b"garbage", model.read_bytes()[:200]):
+        model.write_bytes(content)
+        with pytest.raises(UserError, match=says) as caught:
+            open_backend(small[runtime])
+        assert "\n" not in str(caught.value)
+        assert str(model) in str(caught.value)
+
+
+def test_models_of_another_form_are_refused(small_onnx: Path) -> None:
+    import onnx
+
+    for side in (0, 2):
+        model = onnx.load(small_onnx)
+        dim = model.graph.input[0].type.tensor_type.shape.dim[side]
+        dim.dim_param = "n"
+        onnx.save(model, small_onnx)
+        with pytest.raises(UserError, match="one input of 4 fixed sides"):
+            open_backend(variant("onnx-fp32", small_onnx))
+
+
+def test_check_batch_names_both() -> None:
+    with pytest.raises(ValueError, match=r"Got a batch \(2, 3\) float64, the network takes \(1, 3\) float32"):
+        check_batch(np.zeros((2, 3)), (1, 3))
+
+
+def test_share_is_null_where_it_is_not_known() -> None:
+    assert Placement(50, 200, {"Conv": 2}).share == 0.25
+    assert Placement(0, 0, {}).share is None
+    assert Placement(50, 200, {"LSTM": 1}, {"LSTM": 1}).share is None
+
+
+def test_unknown_target() -> None:
+    with pytest.raises(UserError, match="Unknown target 'coreml': choose one of onnx, openvino, torch"):
+        open_backend(variant("coreml-int8", Path("x")))
+
+
+def test_importing_the_runtime_imports_no_heavy_package() -> None:
+    modules = "artifact backend decode fields files golden images ort_backend openvino_backend preprocess progress"
+    imports = ", ".join(f"midge.runtime.{name}" for name in [*modules.split(), "macs", "torch_backend", "torch_model"])
+    code = (
+        f"import sys, {imports}; print([m for m in ('torch', 'openvino', 'timm', 'safetensors') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -20,11 +19,6 @@ from .run_folder import RunFolder, open_run
 from .sampling import ViewSampler
 from .schedules import cosine, warmup_cosine
 from .views import AUGMENTATIONS, PUBLISHED_PX, blur_range_px, view_policy
-
-# Before torch loads OpenMP: at the end of each operation its threads wait for the last one, and by default they spin.
-# Where the data workers or another program hold that one's core, each operation then lasts a time slice of the system.
-# Measured on two cores with a third process at work: 130 images/s against 8.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 try:
     import torch

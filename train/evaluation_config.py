@@ -7,6 +7,35 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from ..runtime.errors import UserError
+
+# Inclusive, by field; where one is not a field of a command it does not hold for it.
+RANGES: dict[str, tuple[float, float]] = {
+    "labels": (1, 10**9),
+    "limit": (1, 10**9),
+    "k": (1, 10**6),
+    "temperature": (1e-6, 1e6),
+    "finetune_epochs": (0, 10_000),
+    "finetune_lr": (0, 1e3),
+    "finetune_batch_size": (2, 2**20),
+    "seed": (0, 2**63 - 1),
+    "workers": (1, 256),
+    "batch_size": (1, 2**20),
+    "max_unreadable": (0, 0.5),
+}
+
+
+def check_ranges(config: object) -> None:
+    """Refuse values that are out of range.
+
+    Raises:
+        UserError: names the flag, its value and what is allowed.
+    """
+    for name, (low, high) in RANGES.items():
+        value = getattr(config, name, None)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: give a value from {low:g} to {high:g}.")
+
 
 @dataclass(frozen=True)
 class KnnConfig:
@@ -53,6 +82,10 @@ class KnnConfig:
 
     json: bool = False
     """Print one JSON document instead of a table."""
+
+    def check(self) -> None:
+        """Refuse values that are out of range."""
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -103,3 +136,7 @@ class LinearConfig:
 
     json: bool = False
     """Print one JSON document instead of a table."""
+
+    def check(self) -> None:
+        """Refuse values that are out of range."""
+        check_ranges(self)

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -29,5 +31,44 @@ def image_folder(tmp_path):
             noisy = np.clip(255 * image + rng.normal(0, 8, image.shape), 0, 255).astype(np.uint8)
             Image.fromarray(noisy).save(folder / f"{index:03}.png")
         return folder
+
+    return make
+
+
+@pytest.fixture
+def labelled_folder(tmp_path):
+    """Make a folder of classes that differ in hue and in where they are bright: ``labelled_folder(name, each)``."""
+
+    def make(name="train", each=12, px=28, seed=0, classes=("ant", "bee", "cat")):
+        rng = np.random.default_rng(seed)
+        for label, folder_name in enumerate(classes):
+            folder = tmp_path / name / folder_name
+            folder.mkdir(parents=True)
+            for index in range(each):
+                image = rng.normal(110, 40, (px, px, 3))
+                image[label * px // 3 : (label + 1) * px // 3, :, label % 3] += 90
+                Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(folder / f"{index:03}.png")
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """Make a run folder with an untrained backbone: ``run_folder(data)``."""
+
+    def make(data=None, name="run", timm_name="resnet18", timm_args=None, feature_dim=16):
+        import torch
+
+        from midge.runtime.preprocess import Preprocess
+        from midge.runtime.torch_model import ModelSpec, build_model, save_model
+
+        timm_args = {"channels": (4, 8, 8, 16)} if timm_args is None else timm_args
+        spec = ModelSpec(timm_name, timm_args, 0, feature_dim, (), Preprocess(32, 32), 32, {"method": "none"})
+        torch.manual_seed(0)
+        save_model(tmp_path / name, "backbone", build_model(spec), spec)
+        if data is not None:
+            (tmp_path / name / "config.json").write_text(json.dumps({"schema": 1, "config": {"data": str(data)}}))
+        return tmp_path / name
 
     return make

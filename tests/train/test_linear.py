@@ -123,7 +123,7 @@ def test_the_saved_classifier_is_the_backbone_and_the_probe(
 ):
     run = run_folder(labelled_folder("train"), "run", timm_name, timm_args, feature_dim)
     test_root = labelled_folder("test", each=6, seed=1)
-    assert linear(LinearConfig(run, labels=30, flip=False, device="cpu", json=True)) == 0
+    assert linear(LinearConfig(run, labels=30, device="cpu", json=True)) == 0
     result = json.loads(capsys.readouterr().out)
     assert result == json.loads((run / "eval" / "linear.json").read_text())
     classifier, spec = load_model(run, "classifier")
@@ -153,10 +153,21 @@ def test_equal_runs_give_equal_bytes_and_test_images_decide_nothing(labelled_fol
     other = labelled_folder("other", each=4, seed=9, classes=("cat", "bee", "ant"))
     runs = [run_folder(train, name) for name in ("a", "b")]
     for run, test in zip(runs, (None, other), strict=True):
-        assert linear(LinearConfig(run, test=test, device="cpu")) == 0
+        assert linear(LinearConfig(run, test=test, flip=True, device="cpu")) == 0
     for name in ("classifier.safetensors", "classifier.json"):
         assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes()
     assert str(tmp_path) not in (runs[0] / "classifier.json").read_text()
+
+
+def test_mirrored_images_are_more_to_learn_from(labelled_folder, run_folder):
+    run = run_folder(labelled_folder("train"))
+    labelled_folder("test", each=2)
+    classifiers = []
+    for flip in (False, True):
+        assert linear(LinearConfig(run, flip=flip, device="cpu")) == 0
+        assert json.loads((run / "eval" / "linear.json").read_text())["flip"] is flip
+        classifiers.append(load_model(run, "classifier")[0].state_dict()["fc.weight"])
+    assert not torch.equal(*classifiers)
 
 
 def test_fine_tuning_starts_at_the_probe_and_trains_everything(

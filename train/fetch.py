@@ -108,18 +108,7 @@ DATASETS = {
                 ),
             ),
         },
-        classes=(
-            "tshirt",
-            "trouser",
-            "pullover",
-            "dress",
-            "coat",
-            "sandal",
-            "shirt",
-            "sneaker",
-            "bag",
-            "ankle-boot",
-        ),
+        classes=tuple("tshirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split()),
     ),
 }
 

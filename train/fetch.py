@@ -72,6 +72,8 @@ class Dataset:
         return {split: images.shape[0] for split, (images, _) in self.splits.items()}
 
 
+FASHION_CLASSES = ("tshirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
+
 DATASETS = {
     "fashion-mnist": Dataset(
         debian_folder=Path("/usr/share/datasets/fashion-mnist"),
@@ -108,7 +110,7 @@ DATASETS = {
                 ),
             ),
         },
-        classes=tuple("tshirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split()),
+        classes=FASHION_CLASSES,
     ),
 }
 

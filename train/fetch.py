@@ -34,7 +34,6 @@ class IdxFile:
     """A gzipped IDX file, known by its content: two sources may compress it differently.
 
     Attributes:
-        name: file name.
         size_bytes: size once decompressed.
         sha256: SHA-256 once decompressed, 64 hexadecimal digits.
         shape: shape of its uint8 array; the header has 4 bytes, and 4 for each dimension.

@@ -1,0 +1,185 @@
+"""Realistic records: six variants of one artifact, measured in four interleaved rounds, with their predictions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from midge.runtime.proportions import wilson_interval
+
+Json = dict[str, Any]
+
+ROUNDS, RUNS, IMAGES, CLASSES = 4, 64, 2000, 10
+# variant: runtime, version, p50 in ms, images (of 2000) that FP32 gets right and this wrong, and the reverse,
+# MACs in integers, MB, MiB
+VARIANTS = {
+    "torch-fp32": ("torch", "2.14.1", 3.12, 0, 0, 0.0, 5.2, 413.0),
+    "onnx-fp32": ("onnxruntime", "1.32.0", 0.624, 0, 0, 0.0, 5.1, 92.4),
+    "onnx-int8-u8": ("onnxruntime", "1.32.0", 0.391, 9, 6, 0.998, 1.4, 88.1),
+    "onnx-int8-s8": ("onnxruntime", "1.32.0", 0.621, 11, 9, 0.998, 1.4, 88.3),
+    "openvino-fp32": ("openvino", "2026.4.0", 0.583, 0, 0, 0.0, 5.1, 121.0),
+    "openvino-int8": ("openvino", "2026.4.0", 0.331, 52, 6, 0.991, 1.5, 117.2),
+}
+TOTAL_MACS = 11_170_000
+
+
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fp32_predictions() -> tuple[np.ndarray, np.ndarray]:
+    """Labels and the FP32 network's predictions, both (2000,) int64; it is right in 1746."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, CLASSES, IMAGES)
+    predictions = labels.copy()
+    predictions[:254] = (labels[:254] + 1) % CLASSES
+    return labels, predictions
+
+
+def predictions_of(variant: str) -> np.ndarray:
+    labels, predictions = fp32_predictions()
+    lost, won = VARIANTS[variant][3:5]
+    predictions[254 : 254 + lost] = (labels[254 : 254 + lost] + 2) % CLASSES
+    predictions[:won] = labels[:won]
+    return predictions
+
+
+def latency_samples(variant: str) -> list[list[float]]:
+    """Four rounds of 64 samples, ms: a drift of the machine that all variants share, and a right-skewed noise."""
+    drift = (1.0, 1.12, 0.97, 1.05)
+    generator = np.random.default_rng(list(variant.encode()))
+    p50 = VARIANTS[variant][2]
+    jitter = 1 + 0.006 * generator.standard_normal(ROUNDS)
+    return [(p50 * drift[i] * jitter[i] * (1 + generator.gamma(2.0, 0.012, RUNS))).tolist() for i in range(ROUNDS)]
+
+
+def latency_of(samples: Sequence[Sequence[float]]) -> Json:
+    flat = np.concatenate([np.asarray(part) for part in samples])
+    medians = [float(np.median(part)) for part in samples]
+    return {
+        **{f"p{q}_ms": float(np.percentile(flat, q)) for q in (50, 90, 95, 99)},
+        "mean_ms": float(flat.mean()),
+        "min_ms": float(flat.min()),
+        "mad_ms": float(np.median(np.abs(flat - np.median(flat)))),
+        "n": int(flat.size),
+        "p50_ci95": [min(medians), max(medians)],
+        "samples_ms": [list(part) for part in samples],
+        "timer": "perf_counter_ns",
+    }
+
+
+def accuracy_of(variant: str) -> Json:
+    labels, reference = fp32_predictions()
+    right, reference_right = predictions_of(variant) == labels, reference == labels
+    correct = int(right.sum())
+    accuracy = {
+        "top1": correct / IMAGES,
+        "n": IMAGES,
+        "correct": correct,
+        "top1_ci95": list(wilson_interval(correct, IMAGES)),
+        "data_fingerprint": sha("test images"),
+    }
+    if not variant.endswith("-fp32"):
+        lost, won = int((reference_right & ~right).sum()), int((right & ~reference_right).sum())
+        spread = 1.96 * np.sqrt(lost + won) / IMAGES * 100
+        drop = 100 * (lost - won) / IMAGES
+        accuracy["vs"] = {
+            "variant": f"{variant.partition('-')[0]}-fp32",
+            "top1_drop_points": drop,
+            "ci95": [drop - spread, drop + spread],
+            "discordant": [lost, won],
+            "mcnemar_p": 0.6 if abs(drop) < spread else 1e-9,
+        }
+    return accuracy
+
+
+def record_of(variant: str, artifact: str, device: str, threads: int) -> Json:
+    runtime, version, _, _, _, share, size_mb, rss = VARIANTS[variant]
+    return {
+        "schema": 1,
+        "artifact": {"name": artifact, "manifest_sha256": sha(artifact), "kind": "classifier"},
+        "variant": variant,
+        "variant_sha256": sha(artifact + variant),
+        "runtime": runtime,
+        "runtime_version": version,
+        "threads": threads,
+        "device": {
+            "id": device,
+            "fingerprint": sha(device),
+            "cpu_model": "Intel(R) Xeon(R) Platinum 8370C CPU @ 2.80GHz",
+            "isa": ["avx2", "avx512f", "avx512_vnni"],
+            "kernel": "6.1.0-37-amd64",
+            "governor": None,
+            "cores": 2,
+        },
+        "protocol": {
+            "name": "quick",
+            "rounds": ROUNDS,
+            "min_runs": 64,
+            "min_s": 6.0,
+            "warmup_min_runs": 10,
+            "warmup_min_s": 1.0,
+            "batch": 1,
+            "pinned_cpus": [1],
+        },
+        "accuracy": accuracy_of(variant),
+        "parity": {
+            "cosine_min": 0.99931 if share else 0.9999998,
+            "cosine_mean": 0.9998,
+            "max_abs_error": 0.213 if share else 3.1e-6,
+            "top1_agreement": 0.99 if share else 1.0,
+            "n": 100,
+        },
+        "latency": latency_of(latency_samples(variant)),
+        "cold_start": {"import_ms": 182.3, "load_ms": 31.2, "first_inference_ms": 1.9},
+        "preprocess_ms": {"p50": 0.21},
+        "memory": {"peak_rss_mib": rss},
+        "size_bytes": int(size_mb * 1e6),
+        "placement": {
+            "int8_mac_share": share,
+            "int8_macs": int(share * TOTAL_MACS),
+            "total_macs": TOTAL_MACS,
+            "ops": {"QLinearConv": 20, "QLinearAdd": 8, "MaxPool": 1}
+            if share
+            else {"Conv": 20, "Add": 8, "MaxPool": 1},
+        },
+        "energy": None,
+        "energy_reason": "no power sensor was found",
+        "valid": True,
+        "invalid_reasons": [],
+        "created_utc": "2026-11-24T09:12:00Z",
+        "midge": "0.1.0",
+    }
+
+
+@pytest.fixture
+def make_records() -> Callable[..., list[Json]]:
+    """Records by variant name (default: all six)."""
+
+    def make(*variants: str, artifact: str = "quickstart", device: str = "xeon-8370c", threads: int = 1) -> list[Json]:
+        return [record_of(variant, artifact, device, threads) for variant in variants or VARIANTS]
+
+    return make
+
+
+@pytest.fixture
+def write_records() -> Callable[[Path, Sequence[Json]], Path]:
+    """Lay records out in a folder as ``midge profile`` does, with the predictions beside them."""
+
+    def write(folder: Path, records: Sequence[Json]) -> Path:
+        for record in records:
+            stem = f"{record['variant']}@{record['runtime']}-t{record['threads']}"
+            place = folder / record["device"]["id"] / record["artifact"]["name"]
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{stem}.json").write_text(json.dumps(record), encoding="utf-8")
+            if record["accuracy"]["top1"] is not None and record["variant"] in VARIANTS:
+                np.save(place / f"{stem}.predictions.npy", predictions_of(record["variant"]))
+        return folder
+
+    return write

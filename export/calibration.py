@@ -1,0 +1,227 @@
+"""Which images a network is calibrated on: a seeded subset of the training images, never one of the evaluation images.
+
+Only the paths of the training images are looked at, not the labels that their folders may give. An image that also
+occurs among the evaluation images, by the hash of its content, is passed over and counted. Images are decoded and
+preprocessed by the same code as on the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..runtime.errors import UserError
+from ..runtime.images import ImageList, UnreadableBudget, UnreadableImageError, content_hash, list_images, load_image
+from ..runtime.preprocess import Preprocess
+from ..runtime.progress import say, track
+from ..train.labelled import TEST_NAMES, run_data
+
+MAX_UNREADABLE = 0.01
+MAX_BYTES = 1 << 30  # of preprocessed calibration images in memory: 1783 at 224 px
+MAX_GOLDEN = 64
+MIN_GOLDEN = 4
+GOLDEN_BYTES = 8 << 20  # of golden images, unless the fewest are larger: 13 at 224 px
+READ_AHEAD = 64  # images that are decoded at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Some preprocessed images.
+
+    Attributes:
+        paths: relative to the folder they come from.
+        hashes: SHA-256 of the content of each file.
+        inputs: (N, 3, H, W) float32.
+    """
+
+    paths: tuple[str, ...]
+    hashes: tuple[str, ...]
+    inputs: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def to_json(self) -> list[dict[str, str]]:
+        """Path and hash of each image."""
+        return [{"path": path, "sha256": sha256} for path, sha256 in zip(self.paths, self.hashes, strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Images for an export.
+
+    Attributes:
+        calibration: to calibrate on.
+        golden: for the golden pack; others than those, where there are enough images.
+        excluded: number of images that were passed over because they are evaluation images too.
+        evaluation_images: number of evaluation images that were excluded from the draw; 0 where none are known.
+    """
+
+    calibration: Sample
+    golden: Sample
+    excluded: int
+    evaluation_images: int
+
+
+def find_images(run: Path, data: Path | None, evaluation_data: Path | None) -> tuple[Path, Path | None]:
+    """The folder of calibration images and that of evaluation images.
+
+    Args:
+        run: run folder.
+        data: calibration images, or None for those the run was trained on.
+        evaluation_data: evaluation images, or None for the folder test, validation or val beside them, if any.
+
+    Raises:
+        UserError: the run names no images, or they are no longer there.
+    """
+    root = run_data(run) if data is None else data
+    if data is None and not root.exists():
+        raise UserError(f"The images '{root}' that the run was trained on are gone: name some with --data.")
+    if evaluation_data is not None:
+        return root, evaluation_data
+    beside = (root.parent / name for name in TEST_NAMES)
+    return root, next((path for path in beside if path.is_dir() and path.resolve() != root.resolve()), None)
+
+
+def draw_samples(
+    root: Path, evaluation_root: Path | None, preprocess: Preprocess, count: int, seed: int, workers: int
+) -> Samples:
+    """Draw calibration images and golden images.
+
+    Args:
+        root: folder of training images.
+        evaluation_root: folder of images that must not be drawn, or None.
+        preprocess: from an image to the network's input.
+        count: number of calibration images; 0 where only golden ones are needed. Where there are too few images, a
+            quarter of them become golden ones.
+        seed: of the draw.
+        workers: threads that decode images.
+
+    Raises:
+        UserError: a folder holds no images, too many of them are unreadable, or none is left.
+    """
+    images = list_images(root)
+    evaluation = EvaluationImages(None if evaluation_root is None else list_images(evaluation_root))
+    image_bytes = 4 * 3 * preprocess.crop_px**2
+    if count > (most := max(1, MAX_BYTES // image_bytes)):
+        say(f"Calibrating on {most} images instead of {count}: more would take above {MAX_BYTES >> 20} MiB of memory.")
+        count = most
+    num_golden = min(MAX_GOLDEN, max(MIN_GOLDEN, GOLDEN_BYTES // image_bytes))
+    wanted = count + num_golden
+    order = np.random.default_rng(seed).permutation(len(images)).tolist()
+    usable = _usable(read_images(images, order, preprocess, workers), evaluation)
+    drawn = list(track(itertools.islice(usable, wanted), "Reading calibration images", min(wanted, len(images))))
+    if evaluation.met:
+        say(f"Passed over {evaluation.met} images of '{root}' that are evaluation images in '{evaluation_root}' too.")
+    if not drawn:
+        raise UserError(
+            f"No image of '{root}' can be calibrated on: {evaluation.met} of its {len(images)} are evaluation images "
+            f"in '{evaluation_root}' too, the rest is unreadable. Name training images with --data."
+        )
+    if len(drawn) < wanted:
+        num_golden = max(1, min(num_golden, len(drawn) // 4 if count else len(drawn)))
+    golden = drawn[-num_golden:]
+    calibration = drawn[: max(len(drawn) - num_golden, 1)] if count else []
+    return Samples(_sample(calibration, preprocess), _sample(golden, preprocess), evaluation.met, len(evaluation))
+
+
+class EvaluationImages:
+    """Images that must not be drawn. Only files of the same size as a candidate are read.
+
+    Args:
+        images: the evaluation images, or None.
+
+    Attributes:
+        met: number of candidates that were found among them.
+    """
+
+    def __init__(self, images: ImageList | None) -> None:
+        self.met = 0
+        self._number = 0 if images is None else len(images)
+        self._by_size: dict[int, list[Path]] = {}
+        self._hashes: dict[int, frozenset[str]] = {}
+        for index in range(self._number):
+            assert images is not None
+            path = images.path(index)
+            if path.exists():  # a dangling link is listed
+                self._by_size.setdefault(path.stat().st_size, []).append(path)
+
+    def __len__(self) -> int:
+        return self._number
+
+    def meet(self, size_bytes: int, sha256: str) -> bool:
+        """Whether a file of this size and hash is among them; if so it is counted."""
+        if size_bytes not in self._hashes:
+            self._hashes[size_bytes] = frozenset(map(content_hash, self._by_size.get(size_bytes, ())))
+        found = sha256 in self._hashes[size_bytes]
+        self.met += found
+        return found
+
+
+class ReadImage(NamedTuple):
+    """An image as it was read.
+
+    Attributes:
+        path: relative to its folder.
+        sha256: of the file's content.
+        size_bytes: of the file.
+        input: (3, H, W) float32, preprocessed.
+    """
+
+    path: str
+    sha256: str
+    size_bytes: int
+    input: np.ndarray
+
+
+def read_images(images: ImageList, order: Sequence[int], preprocess: Preprocess, workers: int) -> Iterator[ReadImage]:
+    """Read, hash and preprocess images; unreadable ones are named and left out.
+
+    Args:
+        images: the folder's images.
+        order: indices of those that may be read; no more than a few are read ahead.
+        preprocess: from an image to the network's input.
+        workers: threads that decode.
+
+    Raises:
+        UserError: too many are unreadable.
+    """
+    budget = UnreadableBudget(MAX_UNREADABLE, len(order))
+
+    def read(index: int) -> ReadImage | UnreadableImageError:
+        path = images.path(index)
+        try:
+            image = preprocess(load_image(path))
+        except UnreadableImageError as error:
+            return error
+        return ReadImage(images.paths[index], content_hash(path), path.stat().st_size, image)
+
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(order), READ_AHEAD):
+            for result in pool.map(read, order[start : start + READ_AHEAD]):
+                if isinstance(result, UnreadableImageError):
+                    budget.skip(result)
+                else:
+                    yield result
+
+
+def _usable(read: Iterator[ReadImage], evaluation: EvaluationImages) -> Iterator[ReadImage]:
+    """Each content once, without those of the evaluation."""
+    seen: set[str] = set()
+    for image in read:
+        if image.sha256 not in seen and not evaluation.meet(image.size_bytes, image.sha256):
+            yield image
+        seen.add(image.sha256)
+
+
+def _sample(drawn: Sequence[ReadImage], preprocess: Preprocess) -> Sample:
+    inputs = np.empty((len(drawn), 3, preprocess.crop_px, preprocess.crop_px), np.float32)
+    for index, item in enumerate(drawn):
+        inputs[index] = item.input
+    return Sample(tuple(item.path for item in drawn), tuple(item.sha256 for item in drawn), inputs)

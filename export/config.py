@@ -1,0 +1,119 @@
+"""The configurations of ``midge export`` and ``midge verify`` (no torch, no onnx)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from ..runtime.errors import UserError
+
+# Inclusive, by field; where one is not a field of a command it does not hold for it.
+RANGES: dict[str, tuple[float, float]] = {
+    "calibration_images": (1, 1_000_000),
+    "seed": (0, 2**63 - 1),
+    "workers": (1, 256),
+    "limit": (1, 10**9),
+    "min_cosine": (-1, 1),
+    "min_agreement": (0, 1),
+    "int8_min_cosine": (-1, 1),
+    "int8_min_agreement": (0, 1),
+}
+
+
+def check_ranges(config: object) -> None:
+    """Refuse values that are out of range, NaN among them.
+
+    Raises:
+        UserError: names the flag, its value and what is allowed.
+    """
+    for name, (low, high) in RANGES.items():
+        value = getattr(config, name, None)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: give a value from {low:g} to {high:g}.")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Export a run to an artifact: the reference in torch, and each target in FP32 and INT8."""
+
+    run: Positional[Path]
+    """Run folder; its classifier is exported where it has one, else its backbone, which gives features."""
+
+    out: Path
+    """Artifact folder to write: manifest.json, golden.npz, calibration.json, one folder per variant."""
+
+    targets: tuple[str, ...] = ("onnx", "openvino")
+    """Runtimes to export for: onnx, openvino. The torch reference is always written."""
+
+    precision: tuple[str, ...] = ("fp32", "int8")
+    """Precisions: fp32, int8. INT8 for ONNX is written in two dialects, u8 (CPUs) and s8 (TensorRT)."""
+
+    data: Path | None = None
+    """Folder of calibration images, whose labels are not looked at; default those the run was trained on."""
+
+    evaluation_data: Path | None = None
+    """Images that must not be calibrated on, known by their content; default the folder test, validation or val beside
+    the calibration images, where there is one."""
+
+    calibration_images: int = 512
+    """Number of calibration images: a seeded random subset."""
+
+    name: str | None = None
+    """Name of the artifact; default the name of the folder OUT."""
+
+    seed: int = 0
+    """Seed of the calibration subset and of the golden images."""
+
+    workers: int = 2
+    """Threads that decode images."""
+
+    json: bool = False
+    """Print one JSON document instead of a table."""
+
+    def check(self) -> None:
+        """Refuse values that are out of range."""
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Compare every variant of an artifact with its torch reference; exit code 1 where one misses a threshold."""
+
+    artifact: Positional[Path]
+    """Artifact folder, as midge export wrote it."""
+
+    data: Path | None = None
+    """Folder of images on which the variants are also compared with the reference, run live (this needs torch)."""
+
+    limit: int = 1000
+    """Take a seeded random subset of so many of these images."""
+
+    variants: tuple[str, ...] = ()
+    """Variants to compare, e.g. onnx-fp32; default all whose runtime is installed."""
+
+    min_cosine: float = 0.9999
+    """Smallest cosine that the outputs of an FP32 variant may have to the reference's, -1..1, for any image."""
+
+    min_agreement: float = 0.999
+    """Smallest share of images on which an FP32 classifier names the reference's class, 0..1."""
+
+    int8_min_cosine: float = 0.9
+    """As --min-cosine, for an INT8 variant."""
+
+    int8_min_agreement: float = 0.9
+    """As --min-agreement, for an INT8 variant."""
+
+    seed: int = 0
+    """Seed of the subset."""
+
+    workers: int = 2
+    """Threads that decode images."""
+
+    json: bool = False
+    """Print one JSON document instead of a table."""
+
+    def check(self) -> None:
+        """Refuse values that are out of range."""
+        check_ranges(self)

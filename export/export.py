@@ -1,0 +1,281 @@
+"""``midge export``: a run becomes an artifact, i.e. the torch reference and every target in FP32 and INT8."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import __version__
+from ..runtime.artifact import NAME, load_artifact, write_manifest
+from ..runtime.backend import predict
+from ..runtime.errors import UserError, require
+from ..runtime.files import atomic_folder, read_json, refuse_existing, sha256_file, write_json
+from ..runtime.golden import write_golden
+from ..runtime.torch_backend import TorchBackend
+from ..runtime.torch_model import ModelSpec, load_model, save_model
+from .calibration import Samples, draw_samples, find_images
+from .config import ExportConfig
+from .onnx_export import export_onnx, save_onnx
+from .openvino_export import import_nncf, quantize_openvino, save_openvino
+from .quantize import DIALECTS, METHOD, is_transformer, measure_ranges, quantize_onnx, ranges_json
+from .targets import REFERENCE, select_variants
+
+if TYPE_CHECKING:
+    from onnxruntime.quantization.calibrate import TensorsData
+    from torch import nn
+
+NOTES = {
+    REFERENCE: "The reference that every variant is compared with.",
+    "openvino-int8": "Quantized by NNCF on the same calibration images.",
+    **{name: dialect.note for name, dialect in DIALECTS.items()},
+}
+TOOLS = ("torch", "timm", "onnx", "onnxscript", "onnxslim", "onnxruntime", "numpy", "pillow")
+OPENVINO_TOOLS = ("openvino", "nncf")
+
+
+def export_run(config: ExportConfig) -> int:
+    """Export a run's classifier, or its backbone where it has none.
+
+    Raises:
+        UserError: a name, the run, the images or the output folder is not usable, or a package is missing.
+    """
+    config.check()
+    variants = select_variants(config.targets, config.precision)
+    name = artifact_name(config)
+    refuse_existing(config.out)
+    check_packages(variants)
+    stem = find_stem(config.run)
+    root, evaluation_root = find_images(config.run, config.data, config.evaluation_data)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "images"):
+        model, spec = load_model(config.run, stem)
+        count = config.calibration_images if any("int8" in variant for variant in variants) else 0
+        samples = draw_samples(root, evaluation_root, spec.preprocess, count, config.seed, config.workers)
+    with atomic_folder(config.out) as folder:
+        kind = "classifier" if stem == "classifier" else "embedding"
+        output_name = "logits" if kind == "classifier" else "features"
+        models, ranges = write_variants(folder, variants, model, spec, output_name, samples, seconds)
+        with timed(seconds, "golden"):
+            outputs = write_reference(folder, folder / models[REFERENCE], samples)
+        if count:
+            write_calibration(folder, samples, ranges, config.seed, tool_versions(variants))
+        write_manifest(
+            folder,
+            name=name,
+            kind=kind,
+            input_shape=(1, 3, spec.input_px, spec.input_px),
+            output_shape=(1, outputs.shape[1]),
+            preprocess=spec.preprocess,
+            labels=spec.labels,
+            models=models,
+            notes={variant: NOTES.get(variant, "") for variant in models},
+            origin=describe_origin(config.run, stem, spec, samples),
+            tools=tool_versions(variants),
+            output_name=output_name,
+        )
+    print_result(config, samples, seconds)
+    return 0
+
+
+def artifact_name(config: ExportConfig) -> str:
+    """The artifact's name, which becomes part of the paths of records.
+
+    Raises:
+        UserError: it is not safe in a path.
+    """
+    name = config.out.resolve().name if config.name is None else config.name
+    if not NAME.fullmatch(name):
+        raise UserError(
+            f"The name {name!r} cannot be an artifact's: it must be letters, digits, '.', '_', '-', at most 100, "
+            "a letter or digit first. Give one with --name."
+        )
+    return name
+
+
+def check_packages(variants: Sequence[str]) -> None:
+    """Import what the variants need, so that a missing package is said before any work.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    for module in ("torch", "timm", "safetensors"):
+        require(module, "train")
+    for module in ("onnx", "onnxscript", "onnxslim"):
+        require(module, "export")
+    if any(variant.startswith("openvino") for variant in variants):
+        require("openvino", "openvino")
+    if "openvino-int8" in variants:
+        import_nncf()
+
+
+def find_stem(run: Path) -> str:
+    """``"classifier"`` where the run has one, else ``"backbone"``.
+
+    Raises:
+        UserError: it has neither.
+    """
+    for stem in ("classifier", "backbone"):
+        if (run / f"{stem}.safetensors").is_file():
+            return stem
+    raise UserError(
+        f"'{run}' holds neither classifier.safetensors nor backbone.safetensors: give the folder that 'midge pretrain' "
+        "wrote."
+    )
+
+
+def write_variants(
+    folder: Path,
+    variants: Sequence[str],
+    model: nn.Module,
+    spec: ModelSpec,
+    output_name: str,
+    samples: Samples,
+    seconds: dict[str, float],
+) -> tuple[dict[str, str], dict[str, list[float]]]:
+    """Write the reference and the variants.
+
+    Returns:
+        Variant -> path of its model, relative to ``folder``; and the measured ranges of the activations, by tensor.
+    """
+    models = {REFERENCE: f"{REFERENCE}/model.safetensors"}
+    save_model(folder / REFERENCE, "model", model, spec)
+    images = samples.calibration.inputs
+    with tempfile.TemporaryDirectory() as work:
+        onnx_path = Path(work) / "model.onnx"  # what every other variant is made from
+        with timed(seconds, "onnx"):
+            graph = export_onnx(model, spec.input_px, output_name)
+            save_onnx(graph, onnx_path)
+        ranges: TensorsData | None = None
+        if any(variant in DIALECTS for variant in variants):
+            with timed(seconds, "calibration"):
+                ranges = measure_ranges(onnx_path, images)
+        for variant in variants:
+            extension = "xml" if variant.startswith("openvino") else "onnx"
+            models[variant] = f"{variant}/model.{extension}"
+            path = folder / models[variant]
+            with timed(seconds, variant):
+                if ranges is not None and variant in DIALECTS:
+                    save_onnx(quantize_onnx(onnx_path, ranges, DIALECTS[variant]), path)
+                elif variant == "openvino-int8":
+                    quantize_openvino(onnx_path, path, images, is_transformer(graph))
+                elif variant == "openvino-fp32":
+                    save_openvino(onnx_path, path)
+                else:
+                    path.parent.mkdir()
+                    shutil.copy(onnx_path, path)
+    return models, {} if ranges is None else ranges_json(ranges)
+
+
+def write_reference(folder: Path, model: Path, samples: Samples) -> np.ndarray:
+    """Write golden.npz.
+
+    Returns:
+        The reference's outputs for the golden images, (N, K) float32.
+
+    Raises:
+        UserError: they are not finite.
+    """
+    with TorchBackend(model, threads=1) as backend:
+        outputs = predict(backend, samples.golden.inputs)
+    if not np.isfinite(outputs).all():
+        raise UserError(
+            f"The network gives numbers that are not finite for '{samples.golden.paths[0]}': train it again."
+        )
+    write_golden(folder / "golden.npz", samples.golden.inputs, outputs)
+    return outputs
+
+
+def write_calibration(
+    folder: Path, samples: Samples, ranges: dict[str, list[float]], seed: int, tools: dict[str, str]
+) -> None:
+    """Write calibration.json: the images, how they were drawn, and the ranges that were found with them."""
+    calibration = {
+        "schema": 1,
+        "method": {"onnx": METHOD, "openvino": "NNCF's own, with fast bias correction"},
+        "seed": seed,
+        "evaluation_images": samples.evaluation_images,
+        "excluded": samples.excluded,
+        "images": samples.calibration.to_json(),
+        "ranges": ranges,
+        "tools": tools,
+    }
+    write_json(folder / "calibration.json", calibration)
+
+
+def describe_origin(run: Path, stem: str, spec: ModelSpec, samples: Samples) -> dict[str, Any]:
+    """Where an artifact comes from, for its manifest; no path of this machine and no time."""
+    config_path = run / "config.json"
+    config = read_json(config_path, "run configuration") if config_path.exists() else {}
+    known = config if isinstance(config, dict) else {}
+    return {
+        "midge": __version__,
+        "run": run.resolve().name,
+        "exported": stem,
+        "config_sha256": sha256_file(config_path) if config_path.exists() else None,
+        "git_commit": known.get("git_commit"),
+        "data_fingerprint": known.get("data_fingerprint"),
+        "trained": spec.trained,
+        "golden_images": samples.golden.to_json(),
+    }
+
+
+def tool_versions(variants: Sequence[str]) -> dict[str, str]:
+    """Versions of the packages that made an artifact."""
+    tools = [*TOOLS, *(OPENVINO_TOOLS if any(variant.startswith("openvino") for variant in variants) else ())]
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in tools}}
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Note how long a stage takes, in seconds."""
+    start = time.monotonic()
+    yield
+    seconds[stage] = round(time.monotonic() - start, 3)
+
+
+def print_result(config: ExportConfig, samples: Samples, seconds: dict[str, float]) -> None:
+    """Print what was written, read back and checked, to stdout."""
+    artifact = load_artifact(config.out)
+    if config.json:
+        variants = {
+            variant.name: {
+                "path": str(config.out / variant.model.relative_to(artifact.path.resolve())),
+                "size_bytes": variant.size_bytes,
+                "note": variant.note,
+            }
+            for variant in artifact.variants.values()
+        }
+        result = {
+            "schema": 1,
+            "artifact": str(config.out),
+            "name": artifact.name,
+            "kind": artifact.kind,
+            "variants": variants,
+            "calibration_images": len(samples.calibration),
+            "excluded": samples.excluded,
+            "golden_images": len(samples.golden),
+            "seconds": seconds,
+        }
+        print(json.dumps(result))
+        return
+    width = max(map(len, artifact.variants))
+    print(f"{'variant':<{width}}  {'size MB':>8}  model")
+    for variant in artifact.variants.values():
+        path = config.out / variant.model.relative_to(artifact.path.resolve())
+        print(f"{variant.name:<{width}}  {variant.size_bytes / 1e6:8.2f}  {path}")
+    if len(samples.calibration):
+        print(
+            f"INT8: calibrated on {len(samples.calibration)} images, "
+            f"none of which is among the {samples.evaluation_images} evaluation images."
+        )
+    print("seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()))

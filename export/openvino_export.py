@@ -1,0 +1,94 @@
+"""The ONNX graph as OpenVINO files, in float32 and quantized by NNCF.
+
+OpenVINO reads the exported ONNX file instead of tracing the torch network once more: every target then starts from one
+graph, with the same names, already folded. Weights stay float32: OpenVINO's default is to store them as float16, which
+would be another network than the one that is called FP32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..runtime.errors import require
+from ..runtime.progress import Bar
+
+
+def save_openvino(onnx_path: Path, path: Path) -> None:
+    """Convert an ONNX file to OpenVINO's ``.xml`` and ``.bin``, all weights float32.
+
+    Args:
+        onnx_path: the FP32 graph.
+        path: the ``.xml`` to write; its folder is made if need be.
+    """
+    openvino = require("openvino", "openvino")
+    _save(openvino, openvino.Core().read_model(onnx_path), path)
+
+
+def quantize_openvino(onnx_path: Path, path: Path, images: np.ndarray, transformer: bool) -> None:
+    """Quantize an ONNX file with NNCF: symmetric weights per channel, asymmetric activations, biases corrected.
+
+    Args:
+        onnx_path: the FP32 graph.
+        path: the ``.xml`` to write; its folder is made if need be.
+        images: (N, 3, H, W) float32, preprocessed, all of which are calibrated on.
+        transformer: the network has attention, whose shape NNCF should know.
+    """
+    openvino = require("openvino", "openvino")
+    nncf = import_nncf()
+    nncf.set_log_level(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):  # where it draws progress of its own
+        model = nncf.quantize(
+            openvino.Core().read_model(onnx_path),
+            nncf.Dataset(_Passes(images)),
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(images),
+            model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+        )
+    _save(openvino, model, path)
+
+
+def import_nncf() -> Any:
+    """NNCF, which reports its use to its makers unless it is told that it runs in a CI.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    os.environ.setdefault("NNCF_CI", "1")
+    # It makes torch look for a compiler of GPU code, which warns where it finds one but no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    return require("nncf", "openvino")
+
+
+class _Passes:
+    """Images as NNCF reads them, over and over; each pass shows its progress.
+
+    Args:
+        images: (N, 3, H, W) float32.
+    """
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = images
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        with Bar("Calibrating OpenVINO", len(self.images)) as bar:
+            for image in self.images:
+                bar.advance()  # first: NNCF does not come back after the last
+                yield image[None]
+
+
+def _save(openvino: Any, model: Any, path: Path) -> None:
+    """Write a model. What OpenVINO named by a counter of the process is named by its place, for equal bytes."""
+    for place, operation in enumerate(model.get_ordered_ops()):
+        if re.fullmatch(rf"{operation.get_type_name()}_\d+", operation.get_friendly_name()):
+            operation.set_friendly_name(f"{operation.get_type_name()}_{place}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    openvino.save_model(model, path, compress_to_fp16=False)

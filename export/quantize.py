@@ -1,0 +1,184 @@
+"""INT8 in ONNX: activation ranges measured once, from which Q/DQ is written in two dialects.
+
+No single INT8 ONNX file is good everywhere, so there are two, with equal ranges:
+
+* ``u8`` for ONNX Runtime and OpenVINO on CPUs: unsigned activations with a zero point, every operator that has an
+  integer kernel, biases as 32-bit integers, ReLU folded into the rounding.
+* ``s8`` for TensorRT, whose parser takes no zero point but 0 and no bias through DequantizeLinear: signed symmetric
+  activations, biases left float, Q/DQ before the weighted operators only, so that convolution, bias, residual addition
+  and ReLU still fuse; of a residual addition one input is quantized (NVIDIA, "Working with Quantized Types").
+
+Weights are signed and symmetric per output channel in both. Attention, normalization and activations of transformers
+stay float: only convolutions and matrix products are quantized there.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..runtime.errors import require
+from ..runtime.progress import track
+from .onnx_export import INPUT, without_notes
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from onnxruntime.quantization.calibrate import TensorsData
+
+METHOD = "mean over the images of the smallest and of the largest value"
+
+WEIGHTED = ("Conv", "Gemm", "MatMul")
+
+# Operators of convolutional networks that ONNX Runtime runs on integers, or that only move what is quantized.
+INTEGER_OPS = (
+    *WEIGHTED,
+    *("Add", "Mul", "Concat", "Relu", "Clip", "LeakyRelu", "Sigmoid"),
+    *("MaxPool", "AveragePool", "GlobalAveragePool"),
+    *("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Pad", "Resize"),
+)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How Q/DQ is written.
+
+    Attributes:
+        activations: type of the activations, a name of ORT's QuantType.
+        ops: operators of a convolutional network that are quantized; of a transformer only those of ``WEIGHTED``.
+        float_outputs: operators whose outputs are not quantized on their own.
+        options: of ORT's QDQQuantizer.
+        note: what a reader of the manifest should know.
+    """
+
+    activations: str
+    ops: tuple[str, ...]
+    float_outputs: tuple[str, ...]
+    options: dict[str, Any]
+    note: str
+
+
+DIALECTS = {
+    "onnx-int8-u8": Dialect(
+        activations="QUInt8",
+        ops=INTEGER_OPS,
+        float_outputs=("Gemm",),
+        options={"ActivationSymmetric": False},
+        note="Unsigned activations, for CPUs: ONNX Runtime, OpenVINO. An x86 CPU without VNNI may saturate.",
+    ),
+    "onnx-int8-s8": Dialect(
+        activations="QInt8",
+        ops=WEIGHTED,
+        float_outputs=WEIGHTED,
+        options={
+            "ActivationSymmetric": True,
+            "QuantizeBias": False,
+            "QDQDisableWeightAdjustForInt32Bias": True,
+        },
+        note="Signed symmetric activations and float biases, for TensorRT: much of it runs in float elsewhere.",
+    ),
+}
+
+
+def measure_ranges(onnx_path: Path, images: np.ndarray) -> TensorsData:
+    """Measure the range of every activation, once for all dialects.
+
+    Args:
+        onnx_path: the FP32 graph.
+        images: (N, 3, H, W) float32, preprocessed.
+
+    Returns:
+        Of each tensor the mean over the images of its smallest and of its largest value.
+    """
+    require("onnx", "export")
+    from onnxruntime.quantization.calibrate import MinMaxCalibrater
+
+    with tempfile.TemporaryDirectory() as folder:
+        augmented = Path(folder) / "augmented.onnx"
+        calibrator = MinMaxCalibrater(onnx_path, augmented_model_path=str(augmented), moving_average=True)
+        calibrator.augment_graph()
+        calibrator.create_inference_session()
+        # In one go, of which it takes the plain mean. The reader need not be of its class.
+        calibrator.collect_data(_Reader(images))  # type: ignore[arg-type]
+        return calibrator.compute_data()
+
+
+def ranges_json(ranges: TensorsData) -> dict[str, list[float]]:
+    """Tensor -> [low, high], sorted by name."""
+    return {name: [float(value) for value in np.ravel(ranges[name].range_value)] for name in sorted(ranges.keys())}
+
+
+class _Reader:
+    """Images as ORT's calibrators ask for them.
+
+    Args:
+        images: (N, 3, H, W) float32.
+    """
+
+    def __init__(self, images: np.ndarray) -> None:
+        self._images = track(images, "Calibrating ONNX")
+
+    def get_next(self) -> dict[str, np.ndarray]:
+        image = next(self._images, None)
+        return {} if image is None else {INPUT: image[None]}
+
+
+def is_transformer(model: ModelProto) -> bool:
+    """Whether a network has attention or the normalization that goes with it."""
+    return any(node.op_type in {"LayerNormalization", "Softmax"} for node in model.graph.node)
+
+
+def quantize_onnx(onnx_path: Path, ranges: TensorsData, dialect: Dialect) -> ModelProto:
+    """Write Q/DQ into a graph.
+
+    Args:
+        onnx_path: the FP32 graph.
+        ranges: of its activations.
+        dialect: one of ``DIALECTS``.
+
+    Returns:
+        The checked INT8 graph.
+    """
+    onnx = require("onnx", "export")
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+    from onnxruntime.quantization.quant_utils import QuantType
+
+    model = onnx.shape_inference.infer_shapes(onnx.load(onnx_path))
+    transformer = is_transformer(model)
+    quantizer = QDQQuantizer(
+        model,
+        per_channel=True,
+        reduce_range=False,
+        weight_qType=QuantType.QInt8,
+        activation_qType=QuantType[dialect.activations],
+        tensors_range=copy.deepcopy(ranges),  # the quantizer rewrites them
+        nodes_to_quantize=[],
+        nodes_to_exclude=[],
+        op_types_to_quantize=list(WEIGHTED if transformer else dialect.ops),
+        extra_options={**dialect.options, "OpTypesToExcludeOutputQuantization": list(dialect.float_outputs)},
+    )
+    if not transformer and "Add" not in dialect.ops:
+        for tensor in float_residuals(model):
+            quantizer.quantize_activation_tensor(tensor)
+    quantizer.quantize_model()
+    quantizer.model.topological_sort()
+    quantized = quantizer.model.model
+    without_notes(quantized)
+    onnx.checker.check_model(quantized, full_check=True)
+    return quantized
+
+
+def float_residuals(model: ModelProto) -> list[str]:
+    """One input of each addition of two activations of which no weighted operator takes either, and so quantizes it.
+
+    It is the second, which is the shortcut where ``x = x + shortcut`` was traced: the first stays float and fuses with
+    the convolution that makes it.
+    """
+    constants = {tensor.name for tensor in model.graph.initializer}
+    quantized = {name for node in model.graph.node if node.op_type in WEIGHTED for name in node.input}
+    additions = [node.input for node in model.graph.node if node.op_type == "Add"]
+    return [inputs[1] for inputs in additions if not (constants | quantized).intersection(inputs)]

@@ -84,6 +84,11 @@ def accuracy_of(variant: str) -> Json:
         "correct": correct,
         "top1_ci95": list(wilson_interval(correct, IMAGES)),
         "data_fingerprint": sha("test images"),
+        "agreement_with_reference": {
+            "variant": "torch-fp32",
+            "share": float((predictions_of(variant) == reference).mean()),
+            "n": IMAGES,
+        },
     }
     if not variant.endswith("-fp32"):
         lost, won = int((reference_right & ~right).sum()), int((right & ~reference_right).sum())
@@ -155,6 +160,7 @@ def record_of(variant: str, artifact: str, device: str, threads: int) -> Json:
         "invalid_reasons": [],
         "created_utc": "2026-11-24T09:12:00Z",
         "midge": "0.1.0",
+        "session": sha("one run")[:16],
     }
 
 

@@ -98,8 +98,8 @@ def draw_samples(
         root: folder of training images.
         evaluation_root: folder of images that must not be drawn, or None.
         preprocess: from an image to the network's input.
-        count: number of calibration images; 0 where only golden ones are needed. Where there are too few images, a
-            quarter of them become golden ones.
+        count: number of calibration images; 0 where only golden ones are needed. Where there are too few images,
+            at least a quarter of them become golden ones.
         seed: of the draw.
         workers: threads that decode images.
 
@@ -124,10 +124,9 @@ def draw_samples(
             f"No image of '{root}' can be calibrated on: {evaluation.met} of its {len(images)} are evaluation images "
             f"in '{evaluation_root}' too, the rest is unreadable. Name training images with --data."
         )
-    if len(drawn) < wanted:
-        num_golden = max(1, min(num_golden, len(drawn) // 4 if count else len(drawn)))
+    num_golden = min(num_golden, max(len(drawn) - count, len(drawn) // 4, 1))
     golden = drawn[-num_golden:]
-    calibration = drawn[: max(len(drawn) - num_golden, 1)] if count else []
+    calibration = drawn[: min(count, max(len(drawn) - num_golden, 1))]
     return Samples(_sample(calibration, preprocess), _sample(golden, preprocess), evaluation.met, len(evaluation))
 
 

@@ -99,10 +99,10 @@ class VerifyConfig:
     min_agreement: float = 0.999
     """Smallest share of images on which an FP32 classifier names the reference's class, 0..1."""
 
-    int8_min_cosine: float = 0.9
-    """As --min-cosine, for an INT8 variant."""
+    int8_min_cosine: float = 0.95
+    """Smallest mean cosine that the outputs of an INT8 variant may have: single images fall far below in good ones."""
 
-    int8_min_agreement: float = 0.9
+    int8_min_agreement: float = 0.85
     """As --min-agreement, for an INT8 variant."""
 
     seed: int = 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..runtime.errors import require
+from ..runtime.errors import UserError, require
 from ..runtime.files import atomic_file
 
 if TYPE_CHECKING:
@@ -32,21 +32,28 @@ def export_onnx(model: nn.Module, input_px: int, output_name: str) -> ModelProto
 
     Returns:
         The checked ONNX graph: input ``image`` (1, 3, H, W), output (1, K).
+
+    Raises:
+        UserError: a package is missing, or torch cannot follow the network's code.
     """
     torch = require("torch", "train")
     onnx = require("onnx", "export")
     onnxslim = require("onnxslim", "export")
     require("onnxscript", "export")
     image = torch.zeros(1, 3, input_px, input_px)
-    program = torch.onnx.export(
-        model,
-        (image,),
-        input_names=[INPUT],
-        output_names=[output_name],
-        opset_version=OPSET,
-        dynamo=True,
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            model,
+            (image,),
+            input_names=[INPUT],
+            output_names=[output_name],
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    except Exception as error:  # its kinds depend on what in the network's code it cannot follow
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise UserError(f"torch cannot export this network to ONNX ({reason}): choose another backbone.") from error
     proto = onnxslim.slim(program.model_proto)
     without_notes(proto)
     onnx.checker.check_model(proto, full_check=True)

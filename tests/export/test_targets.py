@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+
+from midge.export.export import NOTES
+from midge.export.quantize import DIALECTS
+from midge.export.targets import REFERENCE, TARGETS, select_variants
+from midge.runtime.artifact import VARIANT_NAME, variant_runtime
+from midge.runtime.errors import UserError
+
+
+def test_the_defaults_make_every_variant_once() -> None:
+    selected = select_variants(("openvino", "onnx", "onnx"), ("int8", "fp32"))
+    assert selected == ("onnx-fp32", "onnx-int8-u8", "onnx-int8-s8", "openvino-fp32", "openvino-int8")
+
+
+@pytest.mark.parametrize(
+    ("targets", "precisions", "expected"),
+    [
+        (["onnx"], ["int8"], ("onnx-int8-u8", "onnx-int8-s8")),
+        (["openvino"], ["fp32"], ("openvino-fp32",)),
+    ],
+)
+def test_some(targets: list[str], precisions: list[str], expected: tuple[str, ...]) -> None:
+    assert select_variants(targets, precisions) == expected
+
+
+@pytest.mark.parametrize(
+    ("targets", "precisions", "says"),
+    [
+        (["onnx", "ort8"], ["fp32"], "Unknown target 'ort8': choose one of onnx, openvino."),
+        (["onnx"], ["int4"], "Unknown precision 'int4': choose one of fp32, int8."),
+        ([], ["fp32"], "--targets names nothing: give one or more of onnx, openvino."),
+        (["onnx"], [], "--precision names nothing: give one or more of fp32, int8."),
+    ],
+)
+def test_errors_list_what_is_allowed(targets: list[str], precisions: list[str], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        select_variants(targets, precisions)
+    assert str(caught.value) == says
+
+
+def test_every_variant_has_a_runtime_and_every_dialect_a_variant() -> None:
+    variants = {name for table in TARGETS.values() for names in table.values() for name in names}
+    for name in variants | {REFERENCE}:
+        assert VARIANT_NAME.fullmatch(name)
+        assert variant_runtime(name) in {"torch", "onnxruntime", "openvino"}
+    assert set(DIALECTS) <= variants
+    assert set(NOTES) <= variants | {REFERENCE}

@@ -1,16 +1,21 @@
-"""Realistic records: six variants of one artifact, measured in four interleaved rounds, with their predictions."""
+"""Realistic records of six variants in four interleaved rounds; and a real artifact, tiny, with images for it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from midge.runtime.artifact import write_manifest
+from midge.runtime.golden import write_golden
+from midge.runtime.preprocess import Preprocess
 from midge.runtime.proportions import wilson_interval
 
 Json = dict[str, Any]
@@ -189,3 +194,117 @@ def write_records() -> Callable[[Path, Sequence[Json]], Path]:
         return folder
 
     return write
+
+
+PX = 16
+COLOURS = ("red", "green", "blue")  # the network's order, which is not that of the folders
+
+
+def write_colour_network(path: Path) -> None:
+    """A convolution and a mean: the logits are the mean red, green and blue of the image, and a little noise."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    weight = rng.normal(0, 0.02, (3, 3, 3, 3)).astype(np.float32)
+    weight[range(3), range(3), 1, 1] += 1
+    nodes = [
+        helper.make_node("Conv", ["image", "weight"], ["maps"], pads=[1, 1, 1, 1]),
+        helper.make_node("ReduceMean", ["maps"], ["logits"], axes=[2, 3], keepdims=0),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "colours",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, PX, PX])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 3])],
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(model.SerializeToString())
+
+
+def quantize_network(model: Path, quantized: Path, images: np.ndarray) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.items = iter([{"image": image[None]} for image in images])
+
+        def get_next(self) -> dict[str, np.ndarray]:
+            return next(self.items, {})
+
+    quantized.parent.mkdir(parents=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the quantizer uses what its own dependencies deprecate
+        quantize_static(
+            str(model), str(quantized), Reader(), activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8
+        )
+
+
+def write_artifact(folder: Path, golden_error: float = 0.0, kind: str = "classifier", **options: Any) -> Path:
+    """An artifact of ONNX variants, and of two for other runtimes whose files are never loaded.
+
+    Args:
+        folder: the artifact.
+        golden_error: added to the first output of the golden pack.
+        kind: of the artifact.
+        options: in place of the manifest's fields.
+    """
+    import onnxruntime
+
+    preprocess = Preprocess(PX, PX)
+    write_colour_network(folder / "onnx-fp32" / "model.onnx")
+    rng = np.random.default_rng(1)
+    pictures = (rng.integers(0, 256, (24, 1, 1, 3)) * rng.uniform(0.5, 1, (24, PX, PX, 1))).astype(np.uint8)
+    inputs = np.stack([preprocess(picture) for picture in pictures])
+    quantize_network(folder / "onnx-fp32" / "model.onnx", folder / "onnx-int8-u8" / "model.onnx", inputs)
+    session: Any = onnxruntime.InferenceSession(folder / "onnx-fp32" / "model.onnx", providers=["CPUExecutionProvider"])
+    outputs = np.concatenate([session.run(None, {"image": image[None]})[0] for image in inputs])
+    outputs[:, 0] += golden_error
+    write_golden(folder / "golden.npz", inputs, outputs)
+    models = {name: f"{name}/model.onnx" for name in ("onnx-fp32", "onnx-int8-u8")}
+    for name in ("torch-fp32", "openvino-fp32"):
+        models[name] = f"{name}/model.bin"
+        (folder / name).mkdir()
+        (folder / models[name]).write_bytes(b"never loaded")
+    fields: Json = {
+        "name": folder.name,
+        "kind": kind,
+        "input_shape": (1, 3, PX, PX),
+        "output_shape": (1, 3),
+        "preprocess": preprocess,
+        "labels": COLOURS,
+        "models": models,
+        "notes": {},
+        "origin": {},
+        "tools": {},
+    }
+    write_manifest(folder, **{**fields, **options})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact called ``tiny``: see :func:`write_artifact`."""
+    return write_artifact(tmp_path_factory.mktemp("artifacts") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def make_artifact() -> Callable[..., Path]:
+    """:func:`write_artifact`, for artifacts that differ."""
+    return write_artifact
+
+
+@pytest.fixture(scope="session")
+def colour_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty labelled pictures, larger than the input; the network is right in most and not in all of them."""
+    folder = tmp_path_factory.mktemp("images") / "colours"
+    rng = np.random.default_rng(2)
+    for number in range(60):
+        name = COLOURS[number % 3]
+        colour = rng.uniform(0, 200, 3)
+        colour[number % 3] += 40
+        picture = (colour * rng.uniform(0.8, 1.0, (20, 24, 1))).clip(0, 255).astype(np.uint8)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(folder / name / f"{number:02}.png")
+    return folder

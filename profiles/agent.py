@@ -1,0 +1,300 @@
+"""``python -m midge.profiles.agent``: one measurement in a fresh process, one JSON job in, one JSON answer out.
+
+The job comes on stdin, the answer goes to stdout; whatever a runtime prints there meanwhile goes to stderr. The answer
+is ``{"result": {…}}``, or ``{"error": "one line"}`` with exit code 2. A job may come from elsewhere and is checked
+field by field; the artifact that it names is read with every hash checked. Only a torch variant imports torch.
+
+``latency``: import of the runtime, load, first inference, warm-up, timed runs (:mod:`.latency` states the protocol),
+each apart and in this order; then the peak of the resident memory, which so covers nothing else; then, untimed,
+decoding and preprocessing of given images, parity on the golden pack, and what really executed. What is imported before
+the runtime (Python, numpy, Pillow) is not part of the import time, but of the memory.
+
+``accuracy``: the class of each image, one at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..runtime.artifact import Artifact, load_artifact, variant_runtime
+from ..runtime.backend import Backend, open_backend
+from ..runtime.errors import UserError, require, unknown_name
+from ..runtime.fields import Fields
+from ..runtime.files import sha256_file
+from ..runtime.golden import load_golden
+from ..runtime.parity import compare_outputs
+from ..runtime.preprocess import Preprocess
+from .latency import Round, time_runs, warm_up
+from .sensors import read_sensors
+
+Json = dict[str, Any]
+
+SCHEMA = 1
+MAX_JOB_BYTES = 64 << 20
+MAX_INPUT_BYTES = 4 << 30
+MAX_IMAGES = 1000
+PREPROCESS_PASSES = 2
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+# Runtime -> its packages in the order of import, and the extra that brings them.
+PACKAGES = {
+    "onnxruntime": (("onnxruntime",), "base"),
+    "openvino": (("openvino",), "openvino"),
+    "torch": (("torch", "timm", "safetensors"), "train"),
+}
+
+
+def main() -> int:
+    """Entry point."""
+    answer_fd = os.dup(1)
+    os.dup2(2, 1)  # below Python too: native code prints to the descriptor
+    die_with_parent()
+    # ONNX Runtime's wheels upload events in a thread of their own: nothing is to leave the device, or to run beside.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    try:
+        answer, code = {"result": work(sys.stdin.buffer.read(MAX_JOB_BYTES + 1))}, 0
+    except UserError as error:
+        answer, code = {"error": str(error)}, 2
+    except MemoryError:
+        answer, code = {"error": "the memory did not suffice"}, 2
+    except Exception as error:  # of a runtime; the parent names the variant
+        traceback.print_exc()
+        answer, code = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}, 2
+    with os.fdopen(answer_fd, "w", encoding="utf-8") as file:
+        file.write(json.dumps(answer, allow_nan=False) + "\n")
+    return code
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent ends, however that happens."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def work(text: bytes) -> Json:
+    """Do a job.
+
+    Args:
+        text: the job, JSON.
+
+    Returns:
+        The result: see :func:`measure_latency` and :func:`classify`.
+
+    Raises:
+        UserError: the job is not valid or cannot be done.
+    """
+    if len(text) > MAX_JOB_BYTES:
+        raise UserError(f"The job is larger than {MAX_JOB_BYTES} bytes.")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserError("The job is not valid JSON: give one JSON object on stdin.") from None
+    job = Fields(value, "job")
+    job.schema(SCHEMA)
+    task = TASKS[job.choice("task", TASKS)]
+    threads = job.integer("threads", 1, 1024)
+    if (cpus := job.value.get("cpus")) is not None:
+        pin(job.integers("cpus", 0, 65_535, [max(len(cpus), 1) if isinstance(cpus, list) else threads]))
+    folder = Path(job.text("artifact"))
+    artifact = load_artifact(folder)
+    if sha256_file(folder / "manifest.json") != job.sha256("manifest_sha256"):
+        raise UserError(f"The artifact '{folder}' is not the one that the job means: its manifest was changed.")
+    name = job.text("variant")
+    if name not in artifact.variants:
+        raise unknown_name("variant", name, artifact.variants)
+    return task(job, artifact, name, threads)
+
+
+def pin(cpus: tuple[int, ...]) -> None:
+    """Keep this process on the given cores, where the system can do that."""
+    if hasattr(os, "sched_setaffinity"):
+        try:
+            os.sched_setaffinity(0, cpus)
+        except OSError as error:
+            raise UserError(f"Cannot pin to the cores {list(cpus)}: {error.strerror}.") from None
+
+
+def measure_latency(job: Fields, artifact: Artifact, name: str, threads: int) -> Json:
+    """One round of one variant.
+
+    The job's fields: ``inputs`` (an .npy file of preprocessed images), ``plan`` (:class:`Round`), ``images`` (files to
+    time the preprocessing on; may be empty), ``checks`` (whether to look at parity and placement).
+
+    Returns:
+        ``runtime_version``, ``import_ms``, ``load_ms``, ``first_inference_ms``, ``warmup``, ``samples_ms``,
+        ``sensors`` (before and after), ``peak_rss_mib``, ``preprocess_ms`` (a list), ``parity``, ``placement``.
+    """
+    plan = Round.from_json(job.fields("plan"))
+    cpus = job.value.get("cpus")
+    inputs = load_array(Path(job.text("inputs")), np.dtype(np.float32), artifact.input_shape)
+    images = [Path(path) for path in job.texts("images")[:MAX_IMAGES]]
+    start = time.perf_counter_ns()
+    version = import_runtime(variant_runtime(name))
+    imported = time.perf_counter_ns()
+    backend = open_backend(artifact.variants[name], threads)
+    loaded = time.perf_counter_ns()
+    with backend:
+        check_input(backend, artifact, name)
+
+        def run(index: int) -> object:
+            return backend.run(inputs[index % len(inputs)])
+
+        before_first = time.perf_counter_ns()
+        run(0)
+        after_first = time.perf_counter_ns()
+        warmup = warm_up(run, plan)
+        sensors = [read_sensors(cpus)]
+        samples = time_runs(run, plan)
+        sensors.append(read_sensors(cpus))
+        result = {
+            "runtime_version": version,
+            "import_ms": (imported - start) / 1e6,
+            "load_ms": (loaded - imported) / 1e6,
+            "first_inference_ms": (after_first - before_first) / 1e6,
+            "warmup": warmup,
+            "samples_ms": samples,
+            "sensors": sensors,
+            "peak_rss_mib": peak_rss_mib(),
+            "preprocess_ms": time_preprocessing(artifact.preprocess, images),
+            "parity": None,
+            "placement": None,
+        }
+        if job.value.get("checks") is True:
+            result["parity"] = check_parity(backend, artifact)
+            result["placement"] = placement_json(backend)
+    return result
+
+
+def classify(job: Fields, artifact: Artifact, name: str, threads: int) -> Json:
+    """The classes of images, one at a time.
+
+    The job's field ``inputs`` names an .npy file (N, H, W, 3) uint8 of images that are resized and cropped already, so
+    that all that is left of the preprocessing is the normalization.
+
+    Returns:
+        ``predictions``: N positions of the largest output, -1 where an output is not finite.
+    """
+    height, width = artifact.input_shape[2:]
+    images = load_array(Path(job.text("inputs")), np.dtype(np.uint8), (1, height, width, 3))
+    normalize = replace(artifact.preprocess, resize_px=artifact.preprocess.crop_px)
+    predictions = []
+    with open_backend(artifact.variants[name], threads) as backend:
+        check_input(backend, artifact, name)
+        for image in images:
+            outputs = backend.run(normalize(image[0])[None])[0]
+            predictions.append(int(outputs.argmax()) if np.isfinite(outputs).all() else -1)
+    return {"predictions": predictions}
+
+
+TASKS: dict[str, Callable[[Fields, Artifact, str, int], Json]] = {"latency": measure_latency, "accuracy": classify}
+
+
+def load_array(path: Path, dtype: np.dtype[Any], item_shape: tuple[int, ...]) -> list[np.ndarray]:
+    """The items of an .npy file, each of ``item_shape``, whose first side is 1; float32 is read, uint8 is mapped.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"The inputs '{path}' cannot be read ({' '.join(str(error).split())[:200]}).") from None
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape[1:] != item_shape[1:] or not len(array):
+        found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
+        raise UserError(f"The inputs '{path}' are {found}, not {dtype} (N, {', '.join(map(str, item_shape[1:]))}).")
+    if array.nbytes > MAX_INPUT_BYTES:
+        raise UserError(
+            f"The inputs '{path}' have {array.nbytes} bytes: more than the {MAX_INPUT_BYTES} that are read."
+        )
+    items = np.array(array) if dtype == np.float32 else array  # timed runs are not to wait for a page of the file
+    return [items[index : index + 1] for index in range(len(items))]
+
+
+def import_runtime(runtime: str) -> str:
+    """Import the packages of a runtime, and return the version of the first."""
+    packages, extra = PACKAGES[runtime]
+    modules = [require(package, extra) for package in packages]
+    return str(getattr(modules[0], "__version__", "unknown"))[:100]
+
+
+def check_input(backend: Backend, artifact: Artifact, name: str) -> None:
+    """Refuse a model whose input is not the one of the manifest."""
+    if backend.input_shape != artifact.input_shape:
+        raise UserError(
+            f"The variant {name} takes {backend.input_shape}, its manifest says {artifact.input_shape}: "
+            "export the artifact again."
+        )
+
+
+def peak_rss_mib() -> float | None:
+    """The largest resident memory of this process so far, MiB."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    if sys.platform == "darwin":
+        resource = importlib.import_module("resource")  # not on Windows
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes there
+    return None
+
+
+def time_preprocessing(preprocess: Preprocess, images: list[Path]) -> list[float]:
+    """Times of reading, decoding and preprocessing one image each, ms; the first pass over the images is not timed."""
+    from ..runtime.decode import load_image
+
+    samples = []
+    for number in range(PREPROCESS_PASSES + 1):
+        for path in images:
+            start = time.perf_counter_ns()
+            preprocess(load_image(path))
+            taken = time.perf_counter_ns() - start
+            if number:
+                samples.append(taken / 1e6)
+    return samples
+
+
+def check_parity(backend: Backend, artifact: Artifact) -> Json:
+    """Agreement with the reference's outputs on the golden pack."""
+    golden = load_golden(artifact.golden, artifact.input_shape, artifact.output_shape)
+    outputs = np.concatenate([backend.run(image[None]) for image in golden.inputs])
+    if outputs.shape != golden.outputs.shape:
+        raise UserError(f"It gives outputs {outputs.shape[1:]}, its manifest says {artifact.output_shape[1:]}.")
+    return compare_outputs(outputs, golden.outputs).to_json()
+
+
+def placement_json(backend: Backend) -> Json:
+    """What really executed; the share and the counts are null, with a reason, where they are not known."""
+    empty: Json = {"int8_mac_share": None, "int8_macs": None, "total_macs": None, "ops": {}}
+    try:
+        placement = backend.placement()
+    except Exception as error:  # of a runtime's own reporting: the measurement stands without it
+        return {**empty, "reason": f"the runtime did not tell ({' '.join(str(error).split())[:200]})"}
+    if placement.uncounted:
+        unknown = ", ".join(f"{op} ×{count}" for op, count in sorted(placement.uncounted.items()))
+        reason = f"the multiply-accumulates of some operators are not known: {unknown}"
+        return {**empty, "ops": placement.ops, "reason": reason[:900]}
+    return {
+        "int8_mac_share": placement.share,
+        "int8_macs": placement.int8_macs,
+        "total_macs": placement.total_macs,
+        "ops": placement.ops,
+        "reason": None if placement.share is not None else "the network has no convolution or matrix product",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -104,8 +104,9 @@ def judge_top1(record: Json, reference: Json, place: str) -> tuple[Json | None, 
     verdict = "not distinguishable" if low <= 0 <= high else "worse" if drop > 0 else "better"
     lost, won = paired["discordant"]
     verb, change, ends = ("loses", drop, (low, high)) if drop >= 0 else ("gains", -drop, (-high, -low))
+    change_text = f"{verb} {change:.2f} points of top-1 against" if drop else "has the same top-1 as"
     text = (
-        f"{record['variant']} {verb} {change:.2f} points of top-1 against {reference['variant']} ({place}; "
+        f"{record['variant']} {change_text} {reference['variant']} ({place}; "
         f"95 % interval {points(ends[0])} to {points(ends[1])}; {lost} of {accuracy['n']:,} images lost, {won} won)."
     )
     result = {"drop_points": drop, "ci95": [low, high], "mcnemar_p": p, "verdict": verdict, "text": text}

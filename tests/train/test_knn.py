@@ -16,7 +16,15 @@ from midge.runtime.proportions import wilson_interval
 from midge.runtime.torch_model import load_model
 from midge.train import knn as knn_module
 from midge.train.evaluation_config import KnnConfig
-from midge.train.knn import drop_equal_channels, knn, knn_accuracy, knn_predict, random_init, stronger_pixels
+from midge.train.knn import (
+    drop_equal_channels,
+    forms_by_name,
+    knn,
+    knn_accuracy,
+    knn_predict,
+    random_inits,
+    stronger_form,
+)
 from midge.train.labelled import LabelledSets, labelled_sets, stratified_split
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,10 +87,10 @@ def test_the_stronger_pixels_are_chosen_within_the_bank():
     brightness = np.where(labels == 0, 1.2, 0.8)[:, None]
     bank = (common * brightness + rng.normal(0, 0.05, (100, 12))).astype(np.float32)
     queries = bank[:10] * 0
-    chosen_bank, chosen_queries, facts = stronger_pixels(
-        bank, queries, labels, KnnConfig(Path("run")), torch.device("cpu")
-    )
-    assert facts["form"] == "centred"
+    forms = forms_by_name({"pixels": bank}, {"pixels": queries})["pixels"]
+    form, facts = stronger_form(forms, labels, KnnConfig(Path("run")), torch.device("cpu"))
+    chosen_bank, chosen_queries = forms[form]
+    assert facts["form"] == form == "centred"
     assert facts["held_out_top1"]["centred"] > facts["held_out_top1"]["plain"]
     np.testing.assert_allclose(chosen_bank, bank - bank.mean(axis=0))
     np.testing.assert_allclose(chosen_queries, -np.tile(bank.mean(axis=0), (10, 1)))
@@ -135,12 +143,33 @@ def test_random_initialization_is_no_straw_man(labelled_folder, run_folder):
     _, spec = load_model(run, "backbone")
     sets = labelled_sets("k-NN", run, None, None, 100, None, 0)
     config = KnnConfig(run, device="cpu")
-    model = random_init(config, spec, sets, torch.device("cpu"), UnreadableBudget(0, 36))
-    state = model.state_dict()
-    assert state["layer1.0.bn2.weight"].eq(1).all()  # timm's default is 0: the residual branch would be absent
-    assert not state["layer4.1.bn2.running_var"].eq(1).any()
-    again = random_init(config, spec, sets, torch.device("cpu"), UnreadableBudget(0, 36)).state_dict()
-    assert all(torch.equal(state[name], again[name]) for name in state)
+
+    def states() -> list[dict[str, torch.Tensor]]:
+        encoders = random_inits(config, spec, sets, torch.device("cpu"), UnreadableBudget(0, 36)).values()
+        return [encoder.state_dict() for encoder in encoders if isinstance(encoder, torch.nn.Module)]
+
+    initial, estimated = states()
+    for state in (initial, estimated):
+        assert state["layer1.0.bn2.weight"].eq(1).all()  # timm's default is 0: the residual branch would be absent
+    assert initial["layer4.1.bn2.running_var"].eq(1).all()
+    assert not estimated["layer4.1.bn2.running_var"].eq(1).any()
+    assert torch.equal(initial["conv1.weight"], estimated["conv1.weight"])
+    again = states()[1]
+    assert all(torch.equal(estimated[name], again[name]) for name in estimated)
+
+
+def test_the_stronger_random_initialization_is_chosen_within_the_bank():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 50)
+    good = (np.eye(2, dtype=np.float32)[labels] + rng.normal(0, 0.1, (100, 2))).astype(np.float32)
+    noise = rng.normal(size=(100, 2)).astype(np.float32)
+    features = {"random_init, initial statistics": noise, "random_init, estimated statistics": good, "pretrained": good}
+    forms = forms_by_name(features, features)
+    assert list(forms) == ["random_init", "pretrained"]
+    form, facts = stronger_form(forms["random_init"], labels, KnnConfig(Path("run")), torch.device("cpu"))
+    assert form == "estimated statistics"
+    assert set(facts["held_out_top1"]) == {"initial statistics", "estimated statistics"}
+    assert stronger_form(forms["pretrained"], labels, KnnConfig(Path("run")), torch.device("cpu")) == ("", {})
 
 
 def test_random_initialization_of_a_network_without_that_argument(labelled_folder, run_folder):

@@ -5,9 +5,9 @@ is ``{"result": {…}}``, or ``{"error": "one line"}`` with exit code 2. A job m
 field by field; the artifact that it names is read with every hash checked. Only a torch variant imports torch.
 
 ``latency``: import of the runtime, load, first inference, warm-up, timed runs (:mod:`.latency` states the protocol),
-each apart and in this order; then the peak of the resident memory, which so covers nothing else; then, untimed,
-decoding and preprocessing of given images, parity on the golden pack, and what really executed. What is imported before
-the runtime (Python, numpy, Pillow) is not part of the import time, but of the memory.
+each apart and in this order; then the peak of the resident memory, which so covers nothing else; then decoding and
+preprocessing of given images, parity on the golden pack, and what really executed. What is imported before the runtime
+(Python, numpy, Pillow) counts for the memory alone. The process is new each time, the system's file cache is not.
 
 ``accuracy``: the class of each image, one at a time.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
 import json
 import os
 import signal
@@ -247,7 +246,8 @@ def peak_rss_mib() -> float | None:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 1024
     if sys.platform == "darwin":
-        resource = importlib.import_module("resource")  # not on Windows
+        import resource  # not on Windows
+
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes there
     return None
 

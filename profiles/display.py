@@ -43,10 +43,15 @@ FORMS: dict[str, Callable[[float], str]] = {
 def method_paragraphs(records: Sequence[dict[str, Any]]) -> list[str]:
     """The protocol(s) in words, from what the records say."""
     paragraphs = []
-    for protocol in {repr(sorted(r["protocol"].items())): r["protocol"] for r in records}.values():
+    protocols = {}
+    for record in records:  # those that differ by nothing but the cores are one
+        shared = {key: value for key, value in record["protocol"].items() if key != "pinned_cpus"}
+        protocols[repr(sorted(shared.items()))] = record["protocol"]
+    for protocol in protocols.values():
+        pinned = ", each pinned to as many cores as it has threads" if protocol.get("pinned_cpus") else ""
         paragraphs.append(
-            f"Protocol {protocol['name']}: every variant runs in fresh processes, batch {protocol['batch']}, in "
-            f"{protocol['rounds']} rounds that go through the variants in alternating order. After a warm-up of at "
+            f"Protocol {protocol['name']}: every variant runs in fresh processes{pinned}, batch {protocol['batch']}, "
+            f"in {protocol['rounds']} rounds that go through the variants in alternating order. After a warm-up of at "
             f"least {protocol['warmup_min_runs']} runs and {protocol['warmup_min_s']:g} s, at least "
             f"{protocol['min_runs']} runs and {protocol['min_s']:g} s are timed; all samples are kept."
         )

@@ -193,9 +193,7 @@ def _provenance(records: Sequence[Json], facts: Mapping[str, object]) -> list[tu
             for name, value in device.items()
             if name != "id" and value
         ]
-        sections.append(
-            (f"Device {device['id']}", [(n.replace("Cpu", "CPU").replace("Isa", "ISA"), v) for n, v in pairs])
-        )
+        sections.append((f"Device {device['id']}", [(_capitals(name), value) for name, value in pairs]))
     software = {(runtime_name(r["runtime"]), str(r["runtime_version"])) for r in records}
     software |= {("midge", str(record["midge"])) for record in records}
     sections.append(("Software", sorted(software)))
@@ -212,6 +210,13 @@ def _provenance(records: Sequence[Json], facts: Mapping[str, object]) -> list[tu
         )
     sections.append(("Data and artifacts", list(dict.fromkeys(data))))
     return sections
+
+
+def _capitals(name: str) -> str:
+    """A field's name as a reader writes it."""
+    for plain, written in {"Cpu": "CPU", "Isa": "ISA", "Smt": "SMT", " mib": ", MiB"}.items():
+        name = name.replace(plain, written)
+    return name
 
 
 def _text(value: object) -> str:

@@ -21,6 +21,7 @@ Samples = Sequence[Sequence[float]]
 
 PERCENTILES = (50, 90, 95, 99)
 BOOTSTRAPS = 4000
+MIN_ROUNDS = 3  # with two, t has one degree of freedom and the interval spans orders of magnitude
 
 # 97.5 % points of Student's t with 1, 2, … 30 degrees of freedom.
 T_975 = (
@@ -58,9 +59,10 @@ def p50_interval(samples: Samples) -> tuple[float, float] | None:
         samples: rounds of latencies, ms, all above 0.
 
     Returns:
-        Both ends, ms, around the p50 of all samples; None for a single round, which cannot tell how rounds differ.
+        Both ends, ms, around the p50 of all samples; None for fewer than three rounds, which do not tell how much
+        rounds differ.
     """
-    if len(samples) < 2:
+    if len(samples) < MIN_ROUNDS:
         return None
     rounds = [np.asarray(part, np.float64) for part in samples]
     rng = np.random.default_rng(0)
@@ -82,10 +84,11 @@ def paired_latency(samples: Samples, reference_samples: Samples) -> dict[str, An
         ``verdict``: ``"faster"``, ``"slower"``, or ``"not distinguishable"`` where the interval holds 1.
 
     Raises:
-        ValueError: not the same number of rounds, or fewer than two.
+        ValueError: not the same number of rounds, or fewer than three.
     """
-    if len(samples) != len(reference_samples) or len(samples) < 2:
-        raise ValueError(f"Got {len(samples)} and {len(reference_samples)} rounds: both must be the same, at least 2.")
+    if len(samples) != len(reference_samples) or len(samples) < MIN_ROUNDS:
+        given = f"{len(samples)} and {len(reference_samples)}"
+        raise ValueError(f"Got {given} rounds: both must be the same number, at least {MIN_ROUNDS}.")
     rounds, references = ([np.asarray(part, np.float64) for part in parts] for parts in (samples, reference_samples))
     rng = np.random.default_rng(0)
     picks = rng.integers(len(rounds), size=(BOOTSTRAPS, len(rounds)))

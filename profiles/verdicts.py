@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .display import runtime_name, shown
-from .statistics import paired_latency
+from .statistics import MIN_ROUNDS, paired_latency
 
 Json = dict[str, Any]
 
@@ -77,8 +77,8 @@ def judge_latency(record: Json, reference: Json, place: str) -> tuple[Json | Non
         return None, "by latency: the two were measured by different protocols"
     if record["session"] != reference["session"]:
         return None, "by latency: the two were not measured in the same run, by turns"
-    if len(record["latency"]["samples_ms"]) < 2:
-        return None, "by latency: a single round does not tell how much rounds differ"
+    if len(record["latency"]["samples_ms"]) < MIN_ROUNDS:
+        return None, f"by latency: fewer than {MIN_ROUNDS} rounds do not tell how much rounds differ"
     result = paired_latency(record["latency"]["samples_ms"], reference["latency"]["samples_ms"])
     low, high = result["ci95"]
     names = f"{record['variant']}", f"{reference['variant']}"

@@ -14,11 +14,8 @@ preprocessing of given images, parity on the golden pack, and what really execut
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
 import traceback
@@ -38,6 +35,7 @@ from ..runtime.golden import load_golden
 from ..runtime.parity import compare_outputs
 from ..runtime.preprocess import Preprocess
 from .latency import Round, time_runs, warm_up
+from .process import die_with_parent, peak_rss_mib, pin
 from .sensors import read_sensors
 
 Json = dict[str, Any]
@@ -47,11 +45,10 @@ MAX_JOB_BYTES = 64 << 20
 MAX_INPUT_BYTES = 4 << 30
 MAX_IMAGES = 1000
 PREPROCESS_PASSES = 2
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # Runtime -> its packages in the order of import, and the extra that brings them.
 PACKAGES = {
-    "onnxruntime": (("onnxruntime",), "base"),
+    "onnxruntime": (("onnxruntime",), "all"),
     "openvino": (("openvino",), "openvino"),
     "torch": (("torch", "timm", "safetensors"), "train"),
 }
@@ -61,7 +58,6 @@ def main() -> int:
     """Entry point."""
     answer_fd = os.dup(1)
     os.dup2(2, 1)  # below Python too: native code prints to the descriptor
-    die_with_parent()
     # ONNX Runtime's wheels upload events in a thread of their own: nothing is to leave the device, or to run beside.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
@@ -76,12 +72,6 @@ def main() -> int:
     with os.fdopen(answer_fd, "w", encoding="utf-8") as file:
         file.write(json.dumps(answer, allow_nan=False) + "\n")
     return code
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent ends, however that happens."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def work(text: bytes) -> Json:
@@ -106,6 +96,8 @@ def work(text: bytes) -> Json:
     job.schema(SCHEMA)
     task = TASKS[job.choice("task", TASKS)]
     threads = job.integer("threads", 1, 1024)
+    if job.value.get("parent") is not None:
+        die_with_parent(job.integer("parent", 0, 2**31))
     if (cpus := job.value.get("cpus")) is not None:
         pin(job.integers("cpus", 0, 65_535, [max(len(cpus), 1) if isinstance(cpus, list) else threads]))
     folder = Path(job.text("artifact"))
@@ -116,15 +108,6 @@ def work(text: bytes) -> Json:
     if name not in artifact.variants:
         raise unknown_name("variant", name, artifact.variants)
     return task(job, artifact, name, threads)
-
-
-def pin(cpus: tuple[int, ...]) -> None:
-    """Keep this process on the given cores, where the system can do that."""
-    if hasattr(os, "sched_setaffinity"):
-        try:
-            os.sched_setaffinity(0, cpus)
-        except OSError as error:
-            raise UserError(f"Cannot pin to the cores {list(cpus)}: {error.strerror}.") from None
 
 
 def measure_latency(job: Fields, artifact: Artifact, name: str, threads: int) -> Json:
@@ -237,19 +220,6 @@ def check_input(backend: Backend, artifact: Artifact, name: str) -> None:
             f"The variant {name} takes {backend.input_shape}, its manifest says {artifact.input_shape}: "
             "export the artifact again."
         )
-
-
-def peak_rss_mib() -> float | None:
-    """The largest resident memory of this process so far, MiB."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    if sys.platform == "darwin":
-        import resource  # not on Windows
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes there
-    return None
 
 
 def time_preprocessing(preprocess: Preprocess, images: list[Path]) -> list[float]:

@@ -33,8 +33,10 @@ class Children:
     def __exit__(self, *exc: object) -> None:
         with self._lock:
             self._closed = True
-            for process in self._running:
-                process.kill()
+            left = list(self._running)
+        for process in left:
+            process.kill()
+            process.wait()
 
     def run(self, job: Json, what: str) -> Json:
         """Run one job in a fresh process.
@@ -51,7 +53,7 @@ class Children:
         """
         process = self._start()
         try:
-            answer, log = process.communicate(json.dumps(job).encode())
+            answer, log = process.communicate(json.dumps({**job, "parent": os.getpid()}).encode())
         finally:
             with self._lock:
                 process.kill()  # nothing where it has ended

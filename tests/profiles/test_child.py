@@ -101,6 +101,13 @@ def measures_latency(folder: Path) -> bool:
     return any(folder.rglob("0.npy"))
 
 
+def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
 def gone(pid: int) -> bool:
     status = Path(f"/proc/{pid}/status")
     return not status.exists() or "State:\tZ" in status.read_text()
@@ -126,7 +133,7 @@ def test_an_interrupted_run_leaves_no_child_and_no_record(running: Any, tmp_path
     output, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and output == ""
     assert errors.strip().splitlines()[-1] == "midge: interrupted."
-    assert all(gone(pid) for pid in pids)
+    wait_for(lambda: all(gone(pid) for pid in pids), 10)
     assert not (tmp_path / "records").exists()
     assert list((tmp_path / "tmp").iterdir()) == []
 

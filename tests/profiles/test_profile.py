@@ -76,7 +76,7 @@ def test_the_records_of_a_run(run: Run, tiny_artifact: Path, colour_images: Path
         assert record["size_bytes"] == artifact.variants[variant].size_bytes
         assert record["variant_sha256"] == artifact.variants[variant].sha256
         assert [len(part) for part in record["latency"]["samples_ms"]] == [8, 8]
-        assert record["cold_start"]["import_ms"] > record["cold_start"]["first_inference_ms"] > 0
+        assert min(record["cold_start"].values()) > 0
         assert record["preprocess_ms"]["p50"] > 0 and record["memory"]["peak_rss_mib"] > 20
         assert record["energy"] is None and record["energy_reason"]
         assert not record["valid"] and record["invalid_reasons"] == ["the protocol smoke is too short for a comparison"]

@@ -4,6 +4,7 @@
   array out. Decoding, resizing and normalizing are not part of it. The clock is ``time.perf_counter_ns``.
 * Every round of every variant runs in a fresh process, pinned to as many cores as it has threads. The rounds go through
   all variants by turns, every other round in reverse, so that what the machine does meanwhile meets all of them.
+  The process that starts them keeps off their cores where there are others.
 * Each process first warms up: at least so many runs and so many seconds, and on until two successive quarters of the
   latest runs have medians within 5 % of each other, but not longer than a limit.
 * Then runs are timed until both a number and a sum of their times are reached. All samples are kept, in order.
@@ -117,11 +118,12 @@ def round_of(protocol: Protocol) -> Round:
     )
 
 
-def protocol_json(name: str, pinned_cpus: Sequence[int] | None) -> Json:
-    """The protocol as it stands in a record."""
+def protocol_json(name: str, pinned_cpus: Sequence[int] | None, inputs: str) -> Json:
+    """The protocol as it stands in a record; ``inputs`` says what the inferences were about."""
     protocol = asdict(PROTOCOLS[name])
     del protocol["too_short"]
-    return {"name": name, **protocol, "batch": BATCH, "pinned_cpus": list(pinned_cpus) if pinned_cpus else None}
+    cpus = list(pinned_cpus) if pinned_cpus else None
+    return {"name": name, **protocol, "batch": BATCH, "inputs": inputs, "pinned_cpus": cpus}
 
 
 def warm_up(run: Run, plan: Round, clock: Clock = time.perf_counter_ns) -> Json:

@@ -1,4 +1,4 @@
-"""What a child process does about itself: end with its parent, keep to its cores, tell its peak memory."""
+"""What a process does about itself: end with its parent, keep to or off some cores, tell its peak memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..runtime.errors import UserError
@@ -29,6 +30,20 @@ def pin(cpus: tuple[int, ...]) -> None:
             os.sched_setaffinity(0, cpus)
         except OSError as error:
             raise UserError(f"Cannot pin to the cores {list(cpus)}: {error.strerror}.") from None
+
+
+@contextlib.contextmanager
+def keep_off(cpus: Iterable[int]) -> Iterator[None]:
+    """Keep this process off the cores on which others are measured, where it can go elsewhere and be moved at all."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, before.difference(cpus) or before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def peak_rss_mib() -> float | None:

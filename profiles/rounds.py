@@ -18,6 +18,7 @@ from ..runtime.progress import Bar
 from .agent import SCHEMA
 from .child import Children
 from .latency import PROTOCOLS, latency_faults, latency_json, protocol_json, round_of
+from .process import keep_off
 from .sensors import find_throttling, trace
 from .verdicts import threads_text
 
@@ -102,7 +103,9 @@ def measure(
     """
     plan = round_of(PROTOCOLS[protocol])
     num_rounds = PROTOCOLS[protocol].rounds
-    with Bar("Latency, rounds", num_rounds * len(cells)) as bar:
+    measured_on = {cpu for cell in cells for cpu in cell.cpus or ()}
+    # The bar's thread starts where this one is.
+    with keep_off(measured_on), Bar("Latency, rounds", num_rounds * len(cells)) as bar:
         for number in range(num_rounds):
             for cell in cells if number % 2 == 0 else reversed(cells):
                 job = {
@@ -145,7 +148,7 @@ def measured_json(cell: Cell, protocol: str) -> Json:
     preprocessing = [value for answer in answers for value in answer["preprocess_ms"]]
     return {
         "runtime_version": answers[0]["runtime_version"],
-        "protocol": protocol_json(protocol, cell.cpus),
+        "protocol": protocol_json(protocol, cell.cpus, "test images" if preprocessing else "golden pack"),
         "parity": answers[0]["parity"],
         "latency": latency_json([answer["samples_ms"] for answer in answers]),
         "warmup": [answer["warmup"] for answer in answers],

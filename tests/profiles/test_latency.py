@@ -51,7 +51,7 @@ def test_the_protocols_are_those_that_were_promised() -> None:
         assert plan.min_runs * protocol.rounds >= runs and plan.min_s * protocol.rounds >= seconds
         assert plan.warmup_min_runs >= 10 and plan.warmup_min_s >= 1
     assert PROTOCOLS["smoke"].too_short
-    assert protocol_json("quick", [1])["pinned_cpus"] == [1]
+    assert protocol_json("quick", [1], "x")["pinned_cpus"] == [1]
 
 
 def test_warm_up_waits_for_runs_and_for_seconds() -> None:

@@ -78,6 +78,7 @@ def test_the_records_of_a_run(run: Run, tiny_artifact: Path, colour_images: Path
         assert [len(part) for part in record["latency"]["samples_ms"]] == [8, 8]
         assert min(record["cold_start"].values()) > 0
         assert record["preprocess_ms"]["p50"] > 0 and record["memory"]["peak_rss_mib"] > 20
+        assert record["protocol"]["inputs"] == "test images"
         assert record["energy"] is None and record["energy_reason"]
         assert not record["valid"] and record["invalid_reasons"] == ["the protocol smoke is too short for a comparison"]
         assert record["session"] == fp32["session"]
@@ -101,7 +102,7 @@ def test_without_images_there_is_no_accuracy_and_the_golden_pack_is_the_input(ru
     assert done.code == 0
     record = done.records["onnx-fp32", 1]
     assert record["accuracy"] == {"top1": None, "reason": "no test images were given (--data)"}
-    assert record["preprocess_ms"] is None
+    assert record["preprocess_ms"] is None and record["protocol"]["inputs"] == "golden pack"
     assert not list(done.out.rglob("*.npy"))
     document = json.loads(done.output)
     assert [each["variant"] for each in document["records"]] == ["onnx-fp32"]
@@ -233,14 +234,17 @@ def test_the_rounds_go_through_the_variants_by_turns(
 ) -> None:
     cells = choose_cells([load_artifact(tiny_artifact)], VARIANTS, [1])
     jobs: list[Json] = []
+    before = os.sched_getaffinity(0)
 
     class Recorded:
         def run(self, job: Json, what: str) -> Json:
             jobs.append(job)
+            assert os.sched_getaffinity(0) == (before - set(job["cpus"]) or before)
             return {"samples_ms": [float(len(jobs))]}
 
     inputs = {cell.manifest_sha256: tmp_path / "x.npy" for cell in cells}
     rounds.measure(cells, "quick", inputs, [], Recorded())  # type: ignore[arg-type]
+    assert os.sched_getaffinity(0) == before
     assert [job["variant"] for job in jobs] == [*VARIANTS, *reversed(VARIANTS)] * 2
     assert [job["checks"] for job in jobs] == [True] * 2 + [False] * 6
     assert [answer["samples_ms"] for answer in cells[0].answers] == [[1.0], [4.0], [5.0], [8.0]]

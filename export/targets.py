@@ -16,12 +16,6 @@ TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
     "openvino": {"fp32": ("openvino-fp32",), "int8": ("openvino-int8",)},
 }
 
-# Target -> (module, extra) that its exporter needs, beside those of every export.
-PACKAGES: dict[str, tuple[tuple[str, str], ...]] = {
-    "onnx": (),
-    "openvino": (("openvino", "openvino"), ("nncf", "openvino")),
-}
-
 
 def select_variants(targets: Sequence[str], precisions: Sequence[str]) -> tuple[str, ...]:
     """The variants of some targets in some precisions, in the table's order, each once.

@@ -24,14 +24,13 @@ class ProfileConfig:
     """
 
     artifacts: Positional[tuple[Path, ...]]
-    """Artifact folders, as midge export wrote them; several are measured by turns."""
+    """Folders of artifacts, as midge export wrote them; several are measured by turns."""
 
     out: Path
     """Folder of records; others may lie in it already."""
 
     data: Path | None = None
-    """Labelled test images, ImageFolder layout: for the accuracy, and as the input of the latency. Without them there
-    is no accuracy and the input is the golden pack."""
+    """Labelled test images, ImageFolder layout; without them there is no accuracy and the golden pack is run."""
 
     variants: tuple[str, ...] | None = None
     """Variants to measure, e.g. onnx-fp32 onnx-int8-u8; default all whose runtime is installed."""
@@ -40,8 +39,7 @@ class ProfileConfig:
     """Numbers of threads that one inference may use; each is measured."""
 
     protocol: str = "standard"
-    """How long to measure a variant: smoke (a try, not comparable), quick (64 runs and 6 s), standard (200 runs and
-    10 s) or rigorous (1024 runs and 60 s), at least."""
+    """How long at least: smoke (to try), quick (64 runs, 6 s), standard (200, 10 s) or rigorous (1024, 60 s)."""
 
     limit: int | None = None
     """Take a seeded random subset of so many test images; default all."""

@@ -180,7 +180,8 @@ def save_model(folder: Path, stem: str, model: nn.Module, spec: ModelSpec) -> No
     _check_weights(f"network to be saved as '{stem}'", _describe(weights), _describe(_skeleton(spec).state_dict()))
     weights_path = folder / f"{stem}.safetensors"
     with atomic_file(weights_path) as partial:
-        safetensors.save_file(weights, partial)  # no metadata: their order in the file is not reproducible
+        # No metadata: their order in the file is not reproducible. And no save_file: a full disk is no OSError there.
+        partial.write_bytes(safetensors.save(weights))
     write_json(folder / f"{stem}.json", {**spec.to_json(), "weights_sha256": sha256_file(weights_path)})
 
 

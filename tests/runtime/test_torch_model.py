@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +56,23 @@ def test_saving_twice_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
     save_model(tmp_path / "again", "model", model.train(), spec)
     for name in ("model.safetensors", "model.json"):
         assert (saved / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+@pytest.fixture
+def small_files_only() -> Iterator[None]:
+    """The system refuses to write files beyond 4 kB, as a full disk would."""
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_weights_that_do_not_fit_on_the_disk_leave_nothing(tmp_path: Path, small_files_only: None) -> None:
+    with pytest.raises(OSError, match="File too large"):
+        save_model(tmp_path, "model", build_model(SPEC), SPEC)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_backbone_gives_features(tmp_path: Path) -> None:

@@ -79,9 +79,13 @@ def _print_remarks(summary: Json, console: Console) -> None:
     rows = summary["rows"]
     notes = ["* Pareto: no other valid row is at least as fast (p50) and at least as accurate."]
     notes = notes if any(row["pareto"] for row in rows) else []
-    notes += [
-        f"! {row['variant']} is invalid: {'; '.join(row['invalid_reasons'])}." for row in rows if not row["valid"]
-    ]
+    invalid: dict[str, list[str]] = {}
+    for row in rows:
+        if not row["valid"]:
+            invalid.setdefault("; ".join(row["invalid_reasons"]), []).append(row["variant"])
+    for reasons, variants in invalid.items():
+        names = list(dict.fromkeys(variants))
+        notes.append(f"! {', '.join(names)} {'are' if len(names) > 1 else 'is'} invalid: {reasons}.")
     if notes or summary["notes"]:
         console.print()
     for note in [*notes, *summary["notes"]]:

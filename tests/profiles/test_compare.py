@@ -294,6 +294,9 @@ def test_the_table_is_narrow_and_plain(make_records: MakeRecords) -> None:
     assert f"{100 * row_of(summary, 'onnx-fp32')['top1']:.2f}" in text
     for verdict in summary["verdicts"]:
         assert verdict["text"] in text
+    for record in records[:3]:
+        record.update(valid=False, invalid_reasons=["too short"])
+    assert "! torch-fp32, onnx-fp32, onnx-int8-u8 are invalid: too short.\n" in printed(summarize(records), width=300)
     assert max(map(len, printed(summary).splitlines())) <= 100
 
 

@@ -46,6 +46,10 @@ class PretrainConfig:
     """Side of the local views, px; default by the view policy."""
     num_local: int | None = None
     """Number of local views; default by the view policy."""
+    global_area: tuple[float, float] | None = None
+    """Range of the share of the image's area that a global view shows, 0..1; default by the view policy."""
+    local_area: tuple[float, float] | None = None
+    """The same for a local view."""
     blur_px: tuple[float, float] | None = None
     """Range of the blur's standard deviation, px; default 0.1 to 2 at 224 px, in proportion at other sizes."""
     resize_px: int | None = None
@@ -116,6 +120,10 @@ class PretrainConfig:
     """The same at the end, reached along a cosine."""
     freeze_last_layer_epochs: float = 1.0
     """The last layer is not trained for so long."""
+    koleo_weight: float = 0.0
+    """Weight of the KoLeo term, which spreads the student's embeddings of a batch; DINO has none, DINOv2 has 0.1."""
+    freeze_batch_norm: bool = False
+    """Keep the backbone's batch normalization at its initial statistics, 0 and 1; for runs of some thousand steps."""
 
     # Bookkeeping.
     checkpoint_every_steps: int = 250
@@ -144,6 +152,11 @@ class PretrainConfig:
             raise UserError(f"--resize-px is {self.resize_px}: give at least --image-px, {self.image_px}.")
         if self.blur_px is not None and not 0 < self.blur_px[0] <= self.blur_px[1]:
             raise UserError(f"--blur-px is {self.blur_px}: give a positive range, the smaller value first.")
+        for name in ("global_area", "local_area"):
+            area = getattr(self, name)
+            if area is not None and not 0 < area[0] <= area[1] <= 1:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} is {area}: give a range of shares, above 0 and up to 1, the smaller first.")
         if not all(value > 0 for value in self.std):
             raise UserError(f"--std is {self.std}: every value must be above 0.")
         if self.channels is not None and not all(1 <= value <= 2**16 for value in self.channels):
@@ -188,6 +201,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "teacher_momentum": (0, 1),
     "teacher_momentum_end": (0, 1),
     "freeze_last_layer_epochs": (0, 1e6),
+    "koleo_weight": (0, 1e3),
     "checkpoint_every_steps": (1, 2**40),
     "log_every_steps": (1, 2**40),
     "max_unreadable": (0, 0.5),

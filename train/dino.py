@@ -3,6 +3,11 @@
 A student learns to predict, from every view, what its teacher says of the global views. The teacher is a moving
 average of the student. Centring keeps the teacher from choosing one output for all images, its low temperature keeps
 it from giving all outputs alike.
+
+Two things are not DINO's, and off by default. The KoLeo term (Sablayrolles et al., 2019, arXiv 1806.03198, equation 2;
+in self-supervision Oquab et al., 2023, arXiv 2304.07193) keeps the embeddings from falling into few dimensions. And
+batch normalization may keep its initial statistics: in a network without training, normalizing layer upon layer
+amplifies what differs between two views of an image, so that the teacher has next to nothing to teach at first.
 """
 
 from __future__ import annotations
@@ -12,11 +17,14 @@ import copy
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .backbones import MultiCropNetwork
 from .heads import DINOHead, at_least_float32
 from .method import Losses, Views
 from .ranks import mean_over_ranks
+
+KOLEO_EPSILON = 1e-6  # two images alike would otherwise have an infinite loss
 
 
 class DINO(nn.Module):
@@ -34,6 +42,8 @@ class DINO(nn.Module):
         center_momentum: share of the old centre in its moving average.
         freeze_last_layer_steps: the last layer is not trained in the first so many steps.
         keep_teacher: the teacher's backbone is the result, not the student's.
+        koleo_weight: weight of the KoLeo term on the student's embeddings of global views.
+        freeze_batch_norm: the backbones' batch normalization keeps its statistics.
     """
 
     center: Tensor
@@ -52,6 +62,8 @@ class DINO(nn.Module):
         center_momentum: float,
         freeze_last_layer_steps: int,
         keep_teacher: bool = False,
+        koleo_weight: float = 0.0,
+        freeze_batch_norm: bool = False,
     ) -> None:
         super().__init__()
         self.student = MultiCropNetwork(backbone, head)
@@ -67,7 +79,20 @@ class DINO(nn.Module):
         self.center_momentum = center_momentum
         self.freeze_last_layer_steps = freeze_last_layer_steps
         self.kept = self.teacher if keep_teacher else self.student
+        self.koleo_weight = koleo_weight
+        self.freeze_batch_norm = freeze_batch_norm
+        self.train()
         self.register_buffer("center", torch.zeros(len(head.last_layer.direction)))
+
+    def train(self, mode: bool = True) -> DINO:
+        """Switch to training, all but batch normalization that is to keep its statistics."""
+        super().train(mode)
+        if self.freeze_batch_norm:
+            for network in (self.student.backbone, self.teacher.backbone):
+                for module in network.modules():
+                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                        module.eval()
+        return self
 
     @property
     def backbone(self) -> nn.Module:
@@ -87,8 +112,8 @@ class DINO(nn.Module):
             logits = at_least_float32(logits)
             self._teacher_mean = logits.mean(dim=0)
             teacher = ((logits - self.center) / self.teacher_temperature[step]).softmax(dim=1)  # (2 N, K)
-        logits = at_least_float32(self.student(views)[1])
-        student = (logits / self.student_temperature).log_softmax(dim=1)  # ((2 + L) N, K)
+        student_embeddings, logits = self.student(views)
+        student = (at_least_float32(logits) / self.student_temperature).log_softmax(dim=1)  # ((2 + L) N, K)
         teacher = teacher.unflatten(0, (2, num_images))  # (2, N, K)
         student_globals, student_locals = student.unflatten(0, (-1, num_images)).tensor_split([2])
         # Pairs of the one global view with the other: each teacher faces the student that saw the other view.
@@ -96,6 +121,9 @@ class DINO(nn.Module):
         # Every teacher with every local view: cross-entropy is linear in the teacher, so the mean of both will do.
         loss_local = cross_entropy(teacher.mean(dim=0), student_locals)
         total = self.weight_global * loss_global + self.weight_local * loss_local
+        if self.koleo_weight:
+            both = student_embeddings[: 2 * num_images].chunk(2)  # (N, D) each
+            total = total + self.koleo_weight * (koleo(both[0]) + koleo(both[1])) / 2
         return Losses(total, loss_global.detach(), loss_local.detach(), embeddings)
 
     def frozen(self, step: int) -> tuple[nn.Parameter, ...]:
@@ -112,6 +140,21 @@ class DINO(nn.Module):
 def cross_entropy(target: Tensor, log_prediction: Tensor) -> Tensor:
     """Mean of H(target, prediction) over all distributions: target (…, K) probabilities, broadcast; scalar, in nats."""
     return -(target * log_prediction).sum(dim=-1).mean()
+
+
+def koleo(embeddings: Tensor) -> Tensor:
+    """The KoLeo term: mean of -log of the distance to the nearest neighbour on the unit sphere.
+
+    Args:
+        embeddings: (N, D) of N different images, N >= 2.
+
+    Returns:
+        Scalar; the lower, the more evenly they are spread.
+    """
+    directions = functional.normalize(at_least_float32(embeddings), dim=1)
+    with torch.no_grad():
+        nearest = (directions @ directions.T).fill_diagonal_(-2).argmax(dim=1)
+    return -((directions - directions[nearest]).norm(dim=1) + KOLEO_EPSILON).log().mean()
 
 
 def update_ema(average: nn.Module, source: nn.Module, momentum: float) -> None:

@@ -43,6 +43,8 @@ def build_dino(
         center_momentum=config.center_momentum,
         freeze_last_layer_steps=round(config.freeze_last_layer_epochs * steps_per_epoch),
         keep_teacher=config.export_weights == "teacher",
+        koleo_weight=config.koleo_weight,
+        freeze_batch_norm=config.freeze_batch_norm,
     )
 
 

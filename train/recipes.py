@@ -34,22 +34,31 @@ def dino_vit(data: Path, out: Path, **changes: Any) -> PretrainConfig:
 
 
 def quickstart(data: Path, out: Path, **changes: Any) -> PretrainConfig:
-    """DINO sized for minutes on a laptop's CPU: small images, a narrow ResNet18, a small head, short warm-ups."""
+    """DINO sized for minutes on a laptop's CPU: small images, a narrow ResNet18, a small head, a fast teacher.
+
+    In a thousand steps the published settings leave features worse than those they started from. What was found to
+    help, on training images that were held out (k-NN of 20,000 images' training; 77.0 % without any): frozen batch
+    normalization and KoLeo 77 to 78 %, views that show more of an image, whose object fills it, 79.9 %.
+    """
     small: dict[str, Any] = {
         "channels": (32, 64, 128, 256),
         "image_px": 32,
         "resize_px": 32,
-        "epochs": 2.0,
-        "batch_size": 128,
-        "base_lr": 0.48,
-        "warmup_epochs": 0.25,
+        "global_area": (0.7, 1.0),
+        "local_area": (0.3, 0.8),
+        "epochs": 1.0,
+        "batch_size": 64,
+        "base_lr": 3.0,
+        "warmup_epochs": 0.05,
         "head_hidden": 512,
         "head_bottleneck": 128,
         "head_outputs": 1024,
         "teacher_temperature": 0.04,
         "teacher_temperature_warmup_epochs": 0.0,
-        "teacher_momentum": 0.99,
+        "teacher_momentum": 0.97,
         "freeze_last_layer_epochs": 0.1,
+        "koleo_weight": 0.05,
+        "freeze_batch_norm": True,
     }
     return dino_cnn(data, out, **{**small, **changes})
 

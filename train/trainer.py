@@ -108,7 +108,7 @@ def build_fabric(config: PretrainConfig) -> Fabric:
 def build_dataset(config: PretrainConfig, images: ImageList, backbone: Backbone) -> ViewDataset:
     """The batches of views by step."""
     policy = view_policy(config.views, backbone.family, config.image_px, backbone.patch_px)
-    given = {"local_px": config.local_px, "num_local": config.num_local}
+    given = {name: getattr(config, name) for name in ("local_px", "num_local", "global_area", "local_area")}
     policy = replace(policy, **{name: value for name, value in given.items() if value is not None})
     if policy.local_px % backbone.patch_px:
         raise UserError(f"--local-px is {policy.local_px}: give a multiple of the patch, {backbone.patch_px} px.")
@@ -221,6 +221,8 @@ class Trainer:
                 "views": config.views,
                 "local_px": policy.local_px,
                 "num_local": policy.num_local,
+                "global_area": list(policy.global_area),
+                "local_area": list(policy.local_area),
                 "weights": config.export_weights,
                 "seed": config.seed,
                 "epochs": config.epochs,

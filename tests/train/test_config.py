@@ -66,6 +66,9 @@ def test_recipes_pass_the_check_and_go_through_json(name):
         ({"teacher_momentum": 1.2}, "--teacher-momentum is 1.2"),
         ({"channels": (8, 0)}, "--channels is"),
         ({"std": (0.2, 0.0, 0.2)}, "--std is"),
+        ({"local_area": (0.5, 0.2)}, "--local-area is"),
+        ({"global_area": (0.0, 1.0)}, "--global-area is"),
+        ({"koleo_weight": -1.0}, "--koleo-weight is -1"),
     ],
 )
 def test_values_out_of_range_are_named(changes, message):

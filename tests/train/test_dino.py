@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from midge.train.dino import DINO, cross_entropy, update_ema
+from midge.train.dino import DINO, cross_entropy, koleo, update_ema
 from midge.train.heads import DINOHead
 from midge.train.method import Views
 
@@ -207,3 +207,51 @@ def test_backbone_sees_each_size_by_itself_and_the_head_sees_all():
     dino.student.head.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
     dino.loss(batch, 0)
     assert (sizes, rows) == ([8, 5], [(2 + NUM_LOCAL) * NUM_IMAGES])
+
+
+def slow_koleo(embeddings):
+    """-log of the distance to the nearest other embedding, image by image."""
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    terms = []
+    for i in range(len(unit)):
+        distances = [np.linalg.norm(unit[i] - unit[j]) for j in range(len(unit)) if j != i]
+        terms.append(-np.log(min(distances) + 1e-6))
+    return np.mean(terms)
+
+
+def test_koleo_term_equals_plain_loops_over_each_global_view():
+    dino, batch = method(koleo_weight=0.3), views()
+    losses = dino.loss(batch, 0)
+    plain = 0.4 * losses.global_pairs.item() + 0.6 * losses.local_pairs.item()
+    embeddings = copy.deepcopy(dino.student).double().backbone(batch.global_views.double()).detach().numpy()
+    term = (slow_koleo(embeddings[:NUM_IMAGES]) + slow_koleo(embeddings[NUM_IMAGES:])) / 2
+    assert losses.total.item() == pytest.approx(plain + 0.3 * term, rel=1e-5)
+    assert method().loss(batch, 0).total.item() == pytest.approx(plain, rel=1e-6)
+
+
+def test_koleo_drives_embeddings_apart_and_bears_two_alike():
+    torch.manual_seed(0)
+    embeddings = torch.randn(8, 4)
+    embeddings[1] = embeddings[0]
+    embeddings.requires_grad_()
+    before = koleo(embeddings)
+    assert torch.isfinite(before) and before > 3  # two of eight have a distance of 0: 2/8 of -log(1e-6)
+    apart = torch.randn(8, 4, requires_grad=True)
+    first = koleo(apart)
+    (gradient,) = torch.autograd.grad(first, apart)
+    assert koleo(apart - 0.05 * gradient) < first
+
+
+def test_frozen_batch_normalization_keeps_its_statistics_in_every_mode():
+    dino = method(freeze_batch_norm=True)
+    dino.eval()
+    dino.train()
+    before = {name: value.clone() for name, value in dino.state_dict().items() if "backbone.norm.running" in name}
+    batch = views()
+    one_by_one = torch.cat([dino.student.backbone(view[None]) for view in batch.global_views])
+    torch.testing.assert_close(dino.student.backbone(batch.global_views), one_by_one)
+    dino.loss(batch, 0).total.backward()
+    assert before and all(torch.equal(dino.state_dict()[name], value) for name, value in before.items())
+    assert dino.student.backbone.norm.weight.grad is not None
+    assert any(module.training for module in dino.student.head.modules() if isinstance(module, nn.BatchNorm1d))
+    assert method().student.backbone.norm.training

@@ -87,6 +87,17 @@ def test_equal_runs_give_equal_bytes_and_other_seeds_others(image_folder, tmp_pa
     assert weights(tmp_path / "a") != weights(tmp_path / "c")
 
 
+def test_areas_and_terms_of_the_quickstart_reach_the_run(image_folder, tmp_path):
+    changes = {"global_area": (0.7, 1.0), "local_area": (0.3, 0.8), "koleo_weight": 0.05, "freeze_batch_norm": True}
+    config = tiny(image_folder(), tmp_path / "run", **changes)
+    assert pretrain(config) == 0
+    _, spec = load_model(config.out, "backbone")
+    assert (spec.trained["global_area"], spec.trained["local_area"]) == ([0.7, 1.0], [0.3, 0.8])
+    state = load_model(config.out, "backbone")[0].state_dict()
+    assert all(value.eq(0).all() for name, value in state.items() if name.endswith("running_mean"))
+    assert any(not value.eq(1).all() for name, value in state.items() if "bn" in name and name.endswith(".weight"))
+
+
 def test_teacher_can_be_kept(image_folder, tmp_path):
     data = image_folder()
     for name in ("student", "teacher"):

@@ -15,7 +15,7 @@ Row = dict[str, Any]
 XY = tuple[float, float]  # px
 Box = tuple[float, float, float, float]  # left, top, right, bottom, px
 
-LOG_ABOVE_RATIO = 8.0  # slowest / fastest from which on the latency axis is logarithmic
+LOG_ABOVE_RATIO = 4.0  # slowest / fastest from which on the latency axis is logarithmic
 MIN_SPAN_POINTS = 1.0  # the accuracy axis never zooms in further than this
 LANE_PX = 30.0
 LINE_PX = 15.0
@@ -115,7 +115,7 @@ def scatter(rows: Sequence[Row], label: Callable[[Row], str], width: float, heig
 
 
 def latency_scale(rows: Sequence[Row], left: float, right: float) -> Scale:
-    """The latency axis, ms: logarithmic where the rows span more than a factor of 8, else linear from zero."""
+    """The latency axis, ms: logarithmic where the rows span more than a factor of 4, else linear from zero."""
     lows = [min(row["p50_ms"], *(row["p50_ci95"] or ())) if row["p50_ci95"] else row["p50_ms"] for row in rows]
     highs = [max(row["p50_ms"], *row["p50_ci95"]) if row["p50_ci95"] else row["p50_ms"] for row in rows]
     low, high = min(lows), max(highs)

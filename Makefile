@@ -27,7 +27,7 @@ $(DATA)/SOURCE.json: | $(STAMP)
 	$(BIN)/midge data fetch fashion-mnist --out $(DATA)
 
 demo: $(STAMP) $(DATA)/SOURCE.json ## The main job: pretrain, export, quantize, measure, compare (about 8 minutes on 2 cores)
-	$(BIN)/midge run quickstart --data $(DATA) --out $(DEMO)
+	$(BIN)/midge run quickstart --data $(DATA) --out $(DEMO) --resume
 
 test: check ## Install, lint, type-check and run the tests
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)

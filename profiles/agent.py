@@ -58,8 +58,6 @@ def main() -> int:
     """Entry point."""
     answer_fd = os.dup(1)
     os.dup2(2, 1)  # below Python too: native code prints to the descriptor
-    # ONNX Runtime's wheels upload events in a thread of their own: nothing is to leave the device, or to run beside.
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
         answer, code = {"result": work(sys.stdin.buffer.read(MAX_JOB_BYTES + 1))}, 0
     except UserError as error:

@@ -41,7 +41,8 @@ class Finished:
         self.out, self.data = out, data
         self.command = ["run", "quickstart", "--data", data, "--out", out, *TINY]
         self.done = midge(*self.command)
-        assert self.done.returncode == 0, self.done.stdout + self.done.stderr
+        # 1: a threshold was missed, as INT8 of a network that has hardly been trained may
+        assert self.done.returncode in (0, 1), self.done.stdout + self.done.stderr
 
     def json(self, *parts: str) -> Any:
         return json.loads(self.out.joinpath(*parts).read_text())
@@ -58,7 +59,7 @@ def test_the_summary_has_what_it_promises(finished: Finished) -> None:
     assert summary["schema"] == 1
     assert set(summary["knn"]) == {"pixels", "random_init", "pretrained"}
     assert all(0 < value <= 1 for value in summary["knn"].values())
-    assert [row["variant"] for row in summary["rows"]] == VARIANTS
+    assert sorted(row["variant"] for row in summary["rows"]) == sorted(VARIANTS)
     for row in summary["rows"]:
         assert row.keys() >= ROW_FIELDS
         assert row["n"] == 60 and 0 <= row["top1_ci95"][0] <= row["top1"] <= row["top1_ci95"][1] <= 1
@@ -82,7 +83,7 @@ def test_every_runtime_agrees_with_torch(finished: Finished) -> None:
 @pytest.mark.slow
 def test_the_classifier_is_the_one_that_was_trained(finished: Finished) -> None:
     linear = finished.json("run", "eval", "linear.json")
-    torch_row = finished.json("summary.json")["rows"][0]
+    torch_row = next(row for row in finished.json("summary.json")["rows"] if row["variant"] == "torch-fp32")
     assert linear["n"] == torch_row["n"] == 60
     assert abs(linear["correct"] - 60 * torch_row["top1"]) < 1.5  # batches in training, single images on the device
     assert load_artifact(finished.out / "artifact").labels == list_images(finished.data / "test").classes
@@ -111,7 +112,7 @@ def test_the_table_is_printed_and_resuming_prints_it_again(finished: Finished) -
     assert all(variant in finished.done.stdout for variant in VARIANTS)
     before = {path: path.stat().st_mtime_ns for path in finished.out.rglob("*") if path.is_file()}
     again = midge(*finished.command, "--resume")
-    assert again.returncode == 0, again.stderr
+    assert again.returncode == finished.done.returncode, again.stderr
     assert again.stdout.splitlines()[-20:] == finished.done.stdout.splitlines()[-20:]
     assert before == {path: path.stat().st_mtime_ns for path in finished.out.rglob("*") if path.is_file()}
 

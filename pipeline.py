@@ -20,9 +20,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from .runtime.errors import UserError, unknown_name
 from .runtime.fields import Fields
@@ -47,7 +47,7 @@ OPERATIONAL_FIELDS = frozenset({"out", "resume", "json"})
 class RunConfig:
     """The whole path in one command: pretrain, k-NN, classifier, export, INT8, verify, profile, compare."""
 
-    recipe: Positional[str]
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
     """What to run: quickstart."""
     out: Path
     """The folder that receives the run, the artifact, the records, summary.json and report.html."""

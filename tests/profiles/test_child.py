@@ -81,6 +81,8 @@ def running(tiny_artifact: Path, colour_images: Path, tmp_path: Path) -> Iterato
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+        # A shell's background jobs ignore Ctrl-C, and so would this one, were the tests run in such a job.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
     def children() -> list[int]:

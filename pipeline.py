@@ -89,7 +89,7 @@ def run(config: RunConfig) -> int:
     """Run a recipe by name.
 
     Returns:
-        The largest exit code of its stages: 0, or 1 where one found something amiss.
+        The largest exit code of its stages: 0, or 1 where a variant strays from the reference.
 
     Raises:
         UserError: something given cannot work; what is finished stays, and ``--resume`` goes on from there.
@@ -228,7 +228,7 @@ def quickstart(config: RunConfig, paths: Paths) -> dict[str, Callable[[], int]]:
         from .profiles.profile import profile
 
         shutil.rmtree(paths.records, ignore_errors=True)
-        return profile(
+        profile(
             ProfileConfig(
                 (paths.artifact,),
                 out=paths.records,
@@ -238,6 +238,7 @@ def quickstart(config: RunConfig, paths: Paths) -> dict[str, Callable[[], int]]:
                 seed=config.seed,
             )
         )
+        return 0  # a record may be invalid because the machine was busy: the comparison says so; verify judged parity
 
     def compare() -> int:
         from .profiles import compare, report

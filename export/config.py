@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from ..runtime.errors import UserError
+from ..runtime.errors import check_ranges
 
 # Inclusive, by field; where one is not a field of a command it does not hold for it.
 RANGES: dict[str, tuple[float, float]] = {
@@ -20,18 +20,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "int8_min_cosine": (-1, 1),
     "int8_min_agreement": (0, 1),
 }
-
-
-def check_ranges(config: object) -> None:
-    """Refuse values that are out of range, NaN among them.
-
-    Raises:
-        UserError: names the flag, its value and what is allowed.
-    """
-    for name, (low, high) in RANGES.items():
-        value = getattr(config, name, None)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: give a value from {low:g} to {high:g}.")
 
 
 @dataclass(frozen=True)
@@ -74,7 +62,7 @@ class ExportConfig:
 
     def check(self) -> None:
         """Refuse values that are out of range."""
-        check_ranges(self)
+        check_ranges(self, RANGES)
 
 
 @dataclass(frozen=True)
@@ -116,4 +104,4 @@ class VerifyConfig:
 
     def check(self) -> None:
         """Refuse values that are out of range."""
-        check_ranges(self)
+        check_ranges(self, RANGES)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from ..runtime.errors import UserError, unknown_name
+from ..runtime.errors import UserError, check_ranges, unknown_name
 from .child import TRANSPORTS
 from .latency import PROTOCOLS
 
@@ -71,10 +71,7 @@ class ProfileConfig:
             raise unknown_name("protocol", self.protocol, PROTOCOLS)
         if self.on not in TRANSPORTS:
             raise unknown_name("device", self.on, TRANSPORTS)
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise UserError(f"--{name.replace('_', '-')} is {value}: give a value from {low:g} to {high:g}.")
+        check_ranges(self, RANGES)
         if not self.threads or not all(1 <= threads <= MAX_THREADS for threads in self.threads):
             given = " ".join(map(str, self.threads)) or "empty"
             raise UserError(f"--threads is {given}: give one number or more from 1 to {MAX_THREADS}.")

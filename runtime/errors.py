@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 
 
@@ -17,6 +17,22 @@ class UserError(Exception):
 def unknown_name(what: str, given: str, allowed: Iterable[str]) -> UserError:
     """The error for a name that is not in a table of choices, e.g. ``Unknown backbone 'x': choose one of a, b.``."""
     return UserError(f"Unknown {what} {given!r}: choose one of {', '.join(sorted(allowed))}.")
+
+
+def check_ranges(config: object, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Refuse values of a configuration that are out of range, NaN among them.
+
+    Args:
+        config: whose fields are the flags; None is in every range, and so is a field that it does not have.
+        ranges: field -> smallest and largest allowed value.
+
+    Raises:
+        UserError: names the flag, its value and what is allowed.
+    """
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name, None)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: give a value from {low:g} to {high:g}.")
 
 
 def require(module: str, extra: str) -> ModuleType:

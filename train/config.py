@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, check_ranges
 from ..runtime.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -141,11 +141,7 @@ class PretrainConfig:
         Raises:
             UserError: a value is out of range.
         """
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} is {value}: give a value from {low:g} to {high:g}.")
+        check_ranges(self, RANGES)
         if not self.epochs > 0:
             raise UserError(f"--epochs is {self.epochs:g}: give a value above 0.")
         if self.resize_px is not None and self.resize_px < self.image_px:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from ..runtime.errors import UserError
+from ..runtime.errors import check_ranges
 
 # Inclusive, by field; where one is not a field of a command it does not hold for it.
 RANGES: dict[str, tuple[float, float]] = {
@@ -23,18 +23,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (1, 2**20),
     "max_unreadable": (0, 0.5),
 }
-
-
-def check_ranges(config: object) -> None:
-    """Refuse values that are out of range.
-
-    Raises:
-        UserError: names the flag, its value and what is allowed.
-    """
-    for name, (low, high) in RANGES.items():
-        value = getattr(config, name, None)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: give a value from {low:g} to {high:g}.")
 
 
 @dataclass(frozen=True)
@@ -85,7 +73,7 @@ class KnnConfig:
 
     def check(self) -> None:
         """Refuse values that are out of range."""
-        check_ranges(self)
+        check_ranges(self, RANGES)
 
 
 @dataclass(frozen=True)
@@ -139,4 +127,4 @@ class LinearConfig:
 
     def check(self) -> None:
         """Refuse values that are out of range."""
-        check_ranges(self)
+        check_ranges(self, RANGES)

@@ -6,7 +6,6 @@ It needs neither torch nor onnx: the golden pack holds the reference's outputs. 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..runtime.artifact import RUNTIMES, Artifact, load_artifact, variant_runtime
-from ..runtime.backend import Backend, open_backend
+from ..runtime.backend import Backend, missing_packages, open_backend
 from ..runtime.errors import UserError, unknown_name
 from ..runtime.golden import load_golden
 from ..runtime.images import list_images
@@ -25,9 +24,6 @@ from ..runtime.progress import say, track
 from .calibration import read_images
 from .config import VerifyConfig
 from .targets import REFERENCE
-
-# Runtime -> packages without which it cannot run.
-PACKAGES = {"torch": ("torch", "timm", "safetensors"), "openvino": ("openvino",), "onnxruntime": ("onnxruntime",)}
 
 
 @dataclass(frozen=True)
@@ -106,11 +102,6 @@ def runnable(artifact: Artifact, chosen: Iterable[str]) -> tuple[list[str], dict
         elif missing := missing_packages(variant_runtime(name)):
             skipped[name] = f"{', '.join(missing)} is not installed"
     return [name for name in dict.fromkeys(chosen) if name not in skipped], skipped
-
-
-def missing_packages(runtime: str) -> list[str]:
-    """Packages that a runtime needs and that are not installed."""
-    return [package for package in PACKAGES[runtime] if importlib.util.find_spec(package) is None]
 
 
 def can_run_reference(artifact: Artifact) -> bool:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from ..runtime.artifact import Artifact, load_artifact, variant_runtime
-from ..runtime.backend import Backend, open_backend
+from ..runtime.backend import PACKAGES, Backend, open_backend
 from ..runtime.errors import UserError, require, unknown_name
 from ..runtime.fields import Fields
 from ..runtime.files import sha256_file
@@ -45,13 +45,6 @@ MAX_JOB_BYTES = 64 << 20
 MAX_INPUT_BYTES = 4 << 30
 MAX_IMAGES = 1000
 PREPROCESS_PASSES = 2
-
-# Runtime -> its packages in the order of import, and the extra that brings them.
-PACKAGES = {
-    "onnxruntime": (("onnxruntime",), "all"),
-    "openvino": (("openvino",), "openvino"),
-    "torch": (("torch", "timm", "safetensors"), "train"),
-}
 
 
 def main() -> int:

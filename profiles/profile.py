@@ -6,7 +6,6 @@ interrupted run leaves none. The latency's protocol stands in :mod:`.latency`.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import secrets
 import signal
@@ -23,12 +22,12 @@ from rich.table import Table
 
 from .. import __version__
 from ..runtime.artifact import RUNTIMES, Artifact, load_artifact, variant_runtime
+from ..runtime.backend import PACKAGES, missing_packages
 from ..runtime.errors import UserError, unknown_name
 from ..runtime.files import sha256_file
 from ..runtime.images import ImageList, list_images
 from ..runtime.progress import say
 from .accuracy import Predictions, accuracy_json, predict_all, why_no_accuracy
-from .agent import PACKAGES
 from .child import TRANSPORTS, Children
 from .config import ProfileConfig
 from .display import runtime_name, shown
@@ -130,9 +129,9 @@ def why_not_here(variant: str) -> str | None:
     """The reason for which a variant's runtime cannot be used, naming the extra that brings it; None where it can."""
     if variant.partition("-")[0] not in RUNTIMES:
         return "this midge knows no runtime for it"
-    packages, extra = PACKAGES[variant_runtime(variant)]
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    return f"{missing[0]} is not installed (pip install 'midge[{extra}]')" if missing else None
+    runtime = variant_runtime(variant)
+    missing = missing_packages(runtime)
+    return f"{missing[0]} is not installed (pip install 'midge[{PACKAGES[runtime][1]}]')" if missing else None
 
 
 def count_accuracy(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,18 @@ BACKENDS = {
     "openvino": "openvino_backend:OpenVinoBackend",
     "torch": "torch_backend:TorchBackend",
 }
+
+# Runtime -> its packages in the order of import, and the extra that brings them.
+PACKAGES = {
+    "onnxruntime": (("onnxruntime",), "all"),
+    "openvino": (("openvino",), "openvino"),
+    "torch": (("torch", "timm", "safetensors"), "train"),
+}
+
+
+def missing_packages(runtime: str) -> list[str]:
+    """Packages that a runtime needs and that are not installed; none of them is imported."""
+    return [package for package in PACKAGES[runtime][0] if importlib.util.find_spec(package) is None]
 
 
 def open_backend(variant: Variant, threads: int = 1) -> Backend:

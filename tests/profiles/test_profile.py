@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -155,9 +156,9 @@ def test_a_lack_of_parity_makes_a_record_invalid_and_the_exit_code_1(
 def test_what_is_not_installed_is_skipped_by_name(
     run: Run, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    find_spec = command.importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     absent = {"torch", "openvino"}
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name in absent else find_spec(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find_spec(name))
     done = run(tiny_artifact)
     assert done.code == 0 and set(done.records) == {(variant, 1) for variant in VARIANTS}
     assert "Skipped torch-fp32: torch is not installed (pip install 'midge[train]')." in done.errors

@@ -59,5 +59,6 @@ def method_paragraphs(records: Sequence[dict[str, Any]]) -> list[str]:
         *paragraphs,
         "Latency is one inference on a preprocessed image; decoding, resizing and normalizing are timed apart. "
         "Accuracy is counted through the same runtime and the same preprocessing. Intervals are 95 %: Wilson's for "
-        "accuracies, a bootstrap over rounds for latencies. What could not be measured is left blank, never estimated.",
+        "accuracies, Student's t on a bootstrap over rounds for latencies. What could not be measured is left blank, "
+        "never estimated.",
     ]

@@ -155,8 +155,10 @@ class PretrainConfig:
                 raise UserError(f"{flag} is {area}: give a range of shares, above 0 and up to 1, the smaller first.")
         if not all(value > 0 for value in self.std):
             raise UserError(f"--std is {self.std}: every value must be above 0.")
-        if self.channels is not None and not all(1 <= value <= 2**16 for value in self.channels):
-            raise UserError(f"--channels is {self.channels}: give a number of channels from 1 to 65536 for each stage.")
+        if self.channels is not None and not all(MIN_CHANNELS <= value <= 2**16 for value in self.channels):
+            raise UserError(
+                f"--channels is {self.channels}: give a number of channels from {MIN_CHANNELS} to 65536 for each stage."
+            )
         if self.export_weights not in ("student", "teacher"):
             raise UserError(f"--export-weights is {self.export_weights!r}: choose student or teacher.")
 
@@ -165,6 +167,9 @@ class PretrainConfig:
         values = dataclasses.asdict(self)
         return {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in values.items()}
 
+
+MIN_CHANNELS = 8
+"""With fewer, oneDNN 3.12 writes past its buffers in the backward pass of a ResNet's 1x1 shortcuts (its issue 6035)."""
 
 # Inclusive. The upper ends are where nothing sensible lies beyond; they catch a slip of a decimal point.
 RANGES: dict[str, tuple[float, float]] = {

@@ -29,6 +29,7 @@ def test_it_passes_and_runs_on_integers(capsys: pytest.CaptureFixture[str]) -> N
     variants = json.loads(capsys.readouterr().out)["variants"]
     assert variants["onnx-fp32"]["golden"]["cosine_min"] > 0.9999
     assert variants["onnx-int8-u8"]["golden"]["top1_agreement"] > 0.95
+    assert variants["onnx-int8-u8"]["golden"]["cosine_min"] > 0.99  # 0.86 where products overflow, see OrtBackend
     assert variants["onnx-int8-u8"]["int8_mac_share"] > 0.95
 
 

@@ -63,7 +63,7 @@ def run_folder(tmp_path):
         from midge.runtime.preprocess import Preprocess
         from midge.runtime.torch_model import ModelSpec, build_model, save_model
 
-        timm_args = {"channels": (4, 8, 8, 16)} if timm_args is None else timm_args
+        timm_args = {"channels": (8, 8, 8, 16)} if timm_args is None else timm_args
         spec = ModelSpec(timm_name, timm_args, 0, feature_dim, (), Preprocess(32, 32), 32, {"method": "none"})
         torch.manual_seed(0)
         save_model(tmp_path / name, "backbone", build_model(spec), spec)

@@ -134,8 +134,8 @@ def _options(threads: int) -> ort.SessionOptions:
     options.inter_op_num_threads = 1
     options.graph_optimization_level = LEVELS.ORT_ENABLE_ALL
     options.log_severity_level = 3
-    # Without VNNI, x86 adds pairs of products of u8 and s8 in 16 bits, which overflow: a cosine of 0.86 instead of 0.999
-    # was seen. This makes the weights u8 too, whose kernels do not; where nothing can overflow it changes nothing.
+    # Without VNNI, x86 adds pairs of products of u8 and s8 in 16 bits, which overflow: a cosine of 0.86 instead of
+    # 0.999 was seen. This makes the weights u8 too, whose kernels do not; where nothing can overflow it does nothing.
     options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ..runtime.errors import UserError, require
 
@@ -98,7 +99,15 @@ def feature_dim(network: nn.Module) -> int:
     return getattr(network, "head_hidden_size", None) or network.num_features  # type: ignore[return-value]
 
 
-class MultiCropNetwork(nn.Module):
+def has_batch_norm(network: nn.Module) -> bool:
+    """Whether a network normalizes by the statistics of a batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+
+
+Head = TypeVar("Head", bound=nn.Module)
+
+
+class MultiCropNetwork(nn.Module, Generic[Head]):
     """A backbone and a projection head for views of several sizes.
 
     Views of one size pass the backbone together, then all embeddings together pass the head: so the backbone's batch
@@ -107,12 +116,26 @@ class MultiCropNetwork(nn.Module):
     Args:
         backbone: (M, 3, h, w) -> (M, D).
         head: (M, D) -> (M, K).
+        freeze_batch_norm: the backbone's batch normalization keeps its statistics, in every mode.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+    head: Head
+
+    def __init__(self, backbone: nn.Module, head: Head, freeze_batch_norm: bool = False) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.freeze_batch_norm = freeze_batch_norm
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training, all but batch normalization that is to keep its statistics."""
+        super().train(mode)
+        if self.freeze_batch_norm:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
     def forward(self, groups: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Embed and project.

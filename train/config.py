@@ -28,8 +28,10 @@ class PretrainConfig:
     """Seed of the subset, the initialization and the views."""
 
     # What.
+    recipe: str = "dino-cnn"
+    """Settings to start from, see midge recipes; default by --method and --backbone. Other flags change single ones."""
     method: str = "dino"
-    """Self-supervised method: dino."""
+    """Self-supervised method: dino, swav or mocov2."""
     backbone: str = "resnet18"
     """Any timm network by name; CNN or ViT."""
     channels: tuple[int, ...] | None = None
@@ -65,13 +67,20 @@ class PretrainConfig:
     epochs: float = 200.0
     """Passes over the images."""
     batch_size: int = 1024
-    """Images per step, each with all its views."""
+    """Images per step, each with all its views, over all processes and accumulated portions."""
+    accumulate: int = 1
+    """Portions of a step, one after the other: the memory of one, the gradient of all. Batch normalization, and SwAV's
+    assignment without its queue, see a portion at a time; centre, queues and averages move once a step, as without."""
     workers: int = 2
     """Processes that decode images and cut views; 0 does it in the main process."""
     device: str = "auto"
     """Torch device: cpu, cuda or mps; auto takes a GPU where there is one."""
     precision: str = "32-true"
     """Arithmetic: 32-true, bf16-mixed or 16-mixed."""
+    compile: bool = False
+    """Compile the backbone with torch.compile: a minute or more at the start, faster steps after it."""
+    rank_timeout_s: float = 600.0
+    """With several processes: how long one waits for another before it ends with an error."""
 
     # Optimizer.
     optimizer: str = "lars"
@@ -93,19 +102,31 @@ class PretrainConfig:
     trust_coefficient: float = 1e-3
     """LARS's eta: length of an update relative to the length of the weights."""
 
-    # DINO.
+    # Method: what the three share, then what is one's own.
     head_hidden: int = 2048
-    """Width of the head's two hidden layers."""
+    """Width of the head's hidden layers."""
     head_bottleneck: int = 256
-    """Dimension of the normalized embedding before the last layer."""
+    """Dimension of the normalized embedding that the head gives; DINO's last layer and SwAV's prototypes follow it."""
     head_outputs: int = 4096
-    """Outputs of the last layer."""
+    """Outputs of DINO's last layer; number of SwAV's prototypes. MoCo v2 has neither."""
     head_batch_norm: bool = True
-    """Batch normalization in the head: yes for a CNN, no for a ViT."""
+    """Batch normalization in the head: yes for a CNN, no for a ViT and for MoCo v2."""
+    temperature: float = 0.1
+    """Temperature of the trained network's softmax: DINO's student, SwAV's prediction, MoCo v2's queries."""
+    teacher_momentum: float = 0.996
+    """Share of the old weights in the moving average at the start: DINO's teacher, MoCo v2's key network."""
+    teacher_momentum_end: float = 1.0
+    """The same at the end, reached along a cosine."""
+    freeze_last_layer_epochs: float = 1.0
+    """DINO's last layer, or SwAV's prototypes, are not trained for so long."""
+    queue_size: int = 0
+    """Embeddings kept of earlier images: MoCo v2's keys; SwAV's, of each global view. 0 is none, which SwAV allows."""
+    freeze_batch_norm: bool = False
+    """Keep the backbone's batch normalization at its initial statistics, 0 and 1; for runs of some thousand steps."""
+
+    # DINO.
     fixed_magnitude: bool = True
     """Keep the last layer's rows at length 1 (CNN); otherwise their length is learned (ViT)."""
-    student_temperature: float = 0.1
-    """Temperature of the student's softmax."""
     teacher_temperature: float = 0.07
     """Temperature of the teacher's softmax after its warm-up."""
     teacher_temperature_start: float = 0.04
@@ -114,20 +135,32 @@ class PretrainConfig:
     """Length of the linear warm-up of the teacher's temperature; cut at the run's end."""
     center_momentum: float = 0.9
     """Share of the old centre in the moving average of the teacher's outputs."""
-    teacher_momentum: float = 0.996
-    """Share of the old teacher in the moving average of the student at the start."""
-    teacher_momentum_end: float = 1.0
-    """The same at the end, reached along a cosine."""
-    freeze_last_layer_epochs: float = 1.0
-    """The last layer is not trained for so long."""
     koleo_weight: float = 0.0
     """Weight of the KoLeo term, which spreads the student's embeddings of a batch; DINO has none, DINOv2 has 0.1."""
-    freeze_batch_norm: bool = False
-    """Keep the backbone's batch normalization at its initial statistics, 0 and 1; for runs of some thousand steps."""
+
+    # SwAV.
+    sinkhorn_epsilon: float = 0.05
+    """Smoothness of the assignment to prototypes; the smaller, the harder it is."""
+    sinkhorn_iterations: int = 3
+    """Iterations of Sinkhorn and Knopp's."""
+    queue_start_epochs: float = 15.0
+    """SwAV's queue is filled from here on, and used once it is full."""
+
+    # MoCo v2.
+    key_groups: int = 8
+    """Groups over all processes in which keys are normalized after a shuffle (ShuffleBN); at least one on each."""
 
     # Bookkeeping.
     checkpoint_every_steps: int = 250
     """Steps between checkpoints; there is one at the end of each epoch too."""
+    keep_checkpoints: int = 1
+    """Checkpoints to keep: the last so many, and besides the one of the best k-NN accuracy where that is measured."""
+    knn_every_epochs: float | None = None
+    """Measure k-NN accuracy within the training images so often; 0 never. Default each epoch where there are labels."""
+    knn_images: int = 2000
+    """Training images for that: a seeded subset, of which four fifths are the bank and one fifth is judged."""
+    stop_on_collapse: bool = False
+    """End the run where the features collapse, instead of a warning."""
     log_every_steps: int = 10
     """Steps between lines of metrics.jsonl."""
     max_unreadable: float = 0.01
@@ -182,6 +215,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "resize_px": (8, 4096),
     "epochs": (0, 1e6),
     "batch_size": (2, 2**20),
+    "accumulate": (1, 2**16),
+    "rank_timeout_s": (1, 1e6),
+    "keep_checkpoints": (1, 1000),
+    "knn_every_epochs": (0, 1e6),
+    "knn_images": (10, 10**7),
     "workers": (0, 256),
     "base_lr": (0, 1e3),
     "min_lr": (0, 1e3),
@@ -194,7 +232,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "head_hidden": (1, 2**20),
     "head_bottleneck": (1, 2**20),
     "head_outputs": (2, 2**20),
-    "student_temperature": (1e-3, 100),
+    "temperature": (1e-3, 100),
     "teacher_temperature": (1e-3, 100),
     "teacher_temperature_start": (1e-3, 100),
     "teacher_temperature_warmup_epochs": (0, 1e6),
@@ -203,6 +241,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "teacher_momentum_end": (0, 1),
     "freeze_last_layer_epochs": (0, 1e6),
     "koleo_weight": (0, 1e3),
+    "queue_size": (0, 2**24),
+    "sinkhorn_epsilon": (1e-3, 10),
+    "sinkhorn_iterations": (0, 100),
+    "queue_start_epochs": (0, 1e6),
+    "key_groups": (1, 2**16),
     "checkpoint_every_steps": (1, 2**40),
     "log_every_steps": (1, 2**40),
     "max_unreadable": (0, 0.5),
@@ -216,6 +259,12 @@ OPERATIONAL_FIELDS = frozenset(
         "workers",
         "device",
         "checkpoint_every_steps",
+        "keep_checkpoints",
+        "knn_every_epochs",
+        "knn_images",
+        "stop_on_collapse",
+        "compile",
+        "rank_timeout_s",
         "log_every_steps",
         "max_unreadable",
         "json",

@@ -12,15 +12,15 @@ amplifies what differs between two views of an image, so that the teacher has ne
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .averages import update_ema
 from .backbones import MultiCropNetwork
 from .heads import DINOHead, at_least_float32
+from .losses import cross_entropy
 from .method import Losses, Views
 from .ranks import mean_over_ranks
 
@@ -31,68 +31,53 @@ class DINO(nn.Module):
     """Student, teacher and centre.
 
     Args:
-        backbone: the student's, (M, 3, h, w) -> (M, D).
-        teacher_backbone: the same network without drop path; it takes over the student's weights.
-        head: the student's; the teacher gets a copy.
+        student: the backbone and the head.
+        teacher: the same networks without drop path; they take over the student's weights.
         weight_global: weight of the mean loss over the 2 global-global pairs.
         weight_local: weight of the mean loss over the global-local pairs.
-        student_temperature: of the student's softmax.
+        temperature: of the student's softmax.
         teacher_temperature: (steps,), of the teacher's softmax.
         teacher_momentum: (steps,), share of the old teacher in its moving average.
         center_momentum: share of the old centre in its moving average.
         freeze_last_layer_steps: the last layer is not trained in the first so many steps.
         keep_teacher: the teacher's backbone is the result, not the student's.
         koleo_weight: weight of the KoLeo term on the student's embeddings of global views.
-        freeze_batch_norm: the backbones' batch normalization keeps its statistics.
     """
 
     center: Tensor
 
     def __init__(
         self,
-        backbone: nn.Module,
-        teacher_backbone: nn.Module,
-        head: DINOHead,
+        student: MultiCropNetwork[DINOHead],
+        teacher: MultiCropNetwork[DINOHead],
         *,
         weight_global: float,
         weight_local: float,
-        student_temperature: float,
+        temperature: float,
         teacher_temperature: np.ndarray,
         teacher_momentum: np.ndarray,
         center_momentum: float,
         freeze_last_layer_steps: int,
         keep_teacher: bool = False,
         koleo_weight: float = 0.0,
-        freeze_batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.student = MultiCropNetwork(backbone, head)
-        self.teacher = MultiCropNetwork(teacher_backbone, copy.deepcopy(head))
+        self.student = student
+        self.teacher = teacher
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
-        self.last_layer = tuple(head.last_layer.parameters())
+        self.last_layer = tuple(student.head.last_layer.parameters())
         self.weight_global = weight_global
         self.weight_local = weight_local
-        self.student_temperature = student_temperature
+        self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.teacher_momentum = teacher_momentum
         self.center_momentum = center_momentum
         self.freeze_last_layer_steps = freeze_last_layer_steps
         self.kept = self.teacher if keep_teacher else self.student
         self.koleo_weight = koleo_weight
-        self.freeze_batch_norm = freeze_batch_norm
-        self.train()
-        self.register_buffer("center", torch.zeros(len(head.last_layer.direction)))
-
-    def train(self, mode: bool = True) -> DINO:
-        """Switch to training, all but batch normalization that is to keep its statistics."""
-        super().train(mode)
-        if self.freeze_batch_norm:
-            for network in (self.student.backbone, self.teacher.backbone):
-                for module in network.modules():
-                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                        module.eval()
-        return self
+        self.register_buffer("center", torch.zeros(len(student.head.last_layer.direction)))
+        self._teacher_means: list[Tensor] = []  # (K,) each, of the step's parts
 
     @property
     def backbone(self) -> nn.Module:
@@ -110,10 +95,10 @@ class DINO(nn.Module):
         with torch.no_grad():
             embeddings, logits = self.teacher([views.global_views])
             logits = at_least_float32(logits)
-            self._teacher_mean = logits.mean(dim=0)
+            self._teacher_means.append(logits.mean(dim=0))
             teacher = ((logits - self.center) / self.teacher_temperature[step]).softmax(dim=1)  # (2 N, K)
         student_embeddings, logits = self.student(views)
-        student = (at_least_float32(logits) / self.student_temperature).log_softmax(dim=1)  # ((2 + L) N, K)
+        student = (at_least_float32(logits) / self.temperature).log_softmax(dim=1)  # ((2 + L) N, K)
         teacher = teacher.unflatten(0, (2, num_images))  # (2, N, K)
         student_globals, student_locals = student.unflatten(0, (-1, num_images)).tensor_split([2])
         # Pairs of the one global view with the other: each teacher faces the student that saw the other view.
@@ -134,12 +119,9 @@ class DINO(nn.Module):
     def after_step(self, step: int) -> None:
         """Move the teacher towards the student, and the centre towards the teacher's mean output."""
         update_ema(self.teacher, self.student, self.teacher_momentum[step])
-        self.center.lerp_(mean_over_ranks(self._teacher_mean), 1 - self.center_momentum)
-
-
-def cross_entropy(target: Tensor, log_prediction: Tensor) -> Tensor:
-    """Mean of H(target, prediction) over all distributions: target (…, K) probabilities, broadcast; scalar, in nats."""
-    return -(target * log_prediction).sum(dim=-1).mean()
+        mean = mean_over_ranks(torch.stack(self._teacher_means).mean(dim=0))
+        self._teacher_means.clear()
+        self.center.lerp_(mean, 1 - self.center_momentum)
 
 
 def koleo(embeddings: Tensor) -> Tensor:
@@ -155,12 +137,3 @@ def koleo(embeddings: Tensor) -> Tensor:
     with torch.no_grad():
         nearest = (directions @ directions.T).fill_diagonal_(-2).argmax(dim=1)
     return -((directions - directions[nearest]).norm(dim=1) + KOLEO_EPSILON).log().mean()
-
-
-def update_ema(average: nn.Module, source: nn.Module, momentum: float) -> None:
-    """Average <- momentum * average + (1 - momentum) * source, for all parameters.
-
-    Buffers are left: they are the statistics of the average's own forward passes.
-    """
-    for old, new in zip(average.parameters(), source.parameters(), strict=True):
-        old.lerp_(new, 1 - momentum)

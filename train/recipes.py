@@ -9,28 +9,68 @@ from typing import Any
 
 from .config import PretrainConfig
 
+VIT: dict[str, Any] = {
+    "backbone": "vit_tiny_patch16_224",
+    "drop_path": 0.1,
+    "optimizer": "adamw",
+    "base_lr": 5e-4,
+    "min_lr": 1e-5,
+    "weight_decay": 0.04,
+    "weight_decay_end": 0.4,
+    "head_batch_norm": False,
+}
+"""What a ViT-Ti/16 has instead: AdamW, no batch normalization anywhere, drop path."""
+
 
 def dino_cnn(data: Path, out: Path, **changes: Any) -> PretrainConfig:
-    """DINO for a CNN with the low-compute views: Tan et al. (ICLR 2023), section 4; ImageNet-1k, 200 epochs."""
-    return dataclasses.replace(PretrainConfig(data=data, out=out), **changes)
+    """DINO for a CNN: LARS, a head with batch normalization and 4096 outputs of fixed length."""
+    return dataclasses.replace(PretrainConfig(data=data, out=out, recipe="dino-cnn"), **changes)
 
 
 def dino_vit(data: Path, out: Path, **changes: Any) -> PretrainConfig:
-    """The same for a ViT-Ti/16: AdamW, a head without batch normalization, and ten local views."""
-    vit: dict[str, Any] = {
-        "backbone": "vit_tiny_patch16_224",
-        "drop_path": 0.1,
-        "optimizer": "adamw",
-        "base_lr": 5e-4,
-        "min_lr": 1e-5,
-        "weight_decay": 0.04,
-        "weight_decay_end": 0.4,
-        "head_outputs": 65536,
-        "head_batch_norm": False,
-        "fixed_magnitude": False,
-        "teacher_temperature_warmup_epochs": 30.0,
+    """DINO for a ViT: AdamW, a head without batch normalization and 65536 outputs, ten local views."""
+    own = {"recipe": "dino-vit", "head_outputs": 65536, "fixed_magnitude": False}
+    return dino_cnn(data, out, **{**VIT, **own, "teacher_temperature_warmup_epochs": 30.0, **changes})
+
+
+def swav_cnn(data: Path, out: Path, **changes: Any) -> PretrainConfig:
+    """SwAV for a CNN: 3000 prototypes, a queue of 3840 from epoch 15, stronger colour jitter."""
+    own: dict[str, Any] = {
+        "recipe": "swav-cnn",
+        "method": "swav",
+        "base_lr": 0.3,
+        "warmup_lr": 0.075,
+        "head_hidden": 4096,
+        "head_bottleneck": 128,
+        "head_outputs": 3000,
+        "queue_size": 3840,
     }
-    return dino_cnn(data, out, **{**vit, **changes})
+    return dino_cnn(data, out, **{**own, **changes})
+
+
+def swav_vit(data: Path, out: Path, **changes: Any) -> PretrainConfig:
+    """SwAV for a ViT: AdamW as DINO has it; not in the paper."""
+    return swav_cnn(data, out, **{**VIT, "recipe": "swav-vit", "warmup_lr": 0.0, **changes})
+
+
+def moco_cnn(data: Path, out: Path, **changes: Any) -> PretrainConfig:
+    """MoCo v2 for a CNN: a queue of 65536 keys, one key and seven queries per image."""
+    own: dict[str, Any] = {
+        "recipe": "moco-cnn",
+        "method": "mocov2",
+        "head_bottleneck": 128,
+        "head_batch_norm": False,
+        "temperature": 0.2,
+        "teacher_momentum": 0.999,
+        "teacher_momentum_end": 0.999,
+        "queue_size": 65536,
+    }
+    return dino_cnn(data, out, **{**own, **changes})
+
+
+def moco_vit(data: Path, out: Path, **changes: Any) -> PretrainConfig:
+    """MoCo v2 for a ViT: AdamW as DINO has it; not in the paper."""
+    return moco_cnn(data, out, **{**VIT, "recipe": "moco-vit", **changes})
 
 
 def quickstart(data: Path, out: Path, **changes: Any) -> PretrainConfig:
@@ -41,6 +81,7 @@ def quickstart(data: Path, out: Path, **changes: Any) -> PretrainConfig:
     normalization and KoLeo 77 to 78 %, views that show more of an image, whose object fills it, 79.9 %.
     """
     small: dict[str, Any] = {
+        "recipe": "quickstart",
         "channels": (32, 64, 128, 256),
         "image_px": 32,
         "resize_px": 32,
@@ -66,5 +107,9 @@ def quickstart(data: Path, out: Path, **changes: Any) -> PretrainConfig:
 RECIPES: dict[str, Callable[..., PretrainConfig]] = {
     "dino-cnn": dino_cnn,
     "dino-vit": dino_vit,
+    "moco-cnn": moco_cnn,
+    "moco-vit": moco_vit,
     "quickstart": quickstart,
+    "swav-cnn": swav_cnn,
+    "swav-vit": swav_vit,
 }

@@ -109,7 +109,9 @@ AUGMENTATIONS = {
         Augmentation(0.4, 0.4, 0.2, 0.1, blur_chance=0.1, solarize_chance=0.2),
         Augmentation(0.4, 0.4, 0.2, 0.1, blur_chance=0.5, solarize_chance=0.0),
     ),
+    "swav": (Augmentation(0.8, 0.8, 0.8, 0.2, blur_chance=0.5, solarize_chance=0.0),) * 3,
 }
+AUGMENTATIONS["mocov2"] = AUGMENTATIONS["dino"]
 """Method -> augmentation of the first global view, of the second, and of every local view."""
 
 

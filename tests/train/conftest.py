@@ -72,3 +72,35 @@ def run_folder(tmp_path):
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture
+def pool():
+    """A tiny backbone with batch normalization, for any image size: ``pool()`` gives 6 features."""
+    from torch import nn
+
+    class Pool(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 3, padding=1)
+            self.norm = nn.BatchNorm2d(6)
+
+        def forward(self, x):
+            return self.norm(self.conv(x)).relu().mean(dim=(2, 3))
+
+    return Pool
+
+
+@pytest.fixture
+def tiny_views():
+    """Make random views: ``tiny_views(images, local views, seed)``; 8 px and 5 px."""
+    import torch
+
+    from midge.train.method import Views
+
+    def make(num_images, num_local, seed=1):
+        generator = torch.Generator().manual_seed(seed)
+        sizes = ((2, 8), (num_local, 5))
+        return Views(*(torch.randn(views * num_images, 3, px, px, generator=generator) for views, px in sizes))
+
+    return make

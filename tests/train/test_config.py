@@ -23,7 +23,7 @@ def test_cnn_recipe_is_the_papers():
     assert (config.head_hidden, config.head_bottleneck, config.head_outputs) == (2048, 256, 4096)
     assert config.head_batch_norm
     assert config.fixed_magnitude
-    temperatures = (config.student_temperature, config.teacher_temperature_start, config.teacher_temperature)
+    temperatures = (config.temperature, config.teacher_temperature_start, config.teacher_temperature)
     assert temperatures == (0.1, 0.04, 0.07)
     assert (config.teacher_temperature_warmup_epochs, config.freeze_last_layer_epochs) == (50, 1)
     assert (config.teacher_momentum, config.teacher_momentum_end, config.center_momentum) == (0.996, 1, 0.9)

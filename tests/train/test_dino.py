@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from midge.train.dino import DINO, cross_entropy, koleo, update_ema
+from midge.train.averages import update_ema
+from midge.train.backbones import MultiCropNetwork
+from midge.train.dino import DINO, koleo
 from midge.train.heads import DINOHead
+from midge.train.losses import cross_entropy
 from midge.train.method import Views
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,13 +38,15 @@ def method(**changes) -> Any:
     given = {
         "weight_global": 0.4,
         "weight_local": 0.6,
-        "student_temperature": 0.1,
+        "temperature": 0.1,
         "teacher_temperature": np.array([0.04, 0.05, 0.06, 0.07]),
         "teacher_momentum": np.array([0.9, 0.95, 0.99, 1.0]),
         "center_momentum": 0.9,
         "freeze_last_layer_steps": 2,
     }
-    dino = DINO(Pool(), Pool(), head, **{**given, **changes})
+    freeze = changes.pop("freeze_batch_norm", False)
+    networks = [MultiCropNetwork(Pool(), copy.deepcopy(head), freeze) for _ in range(2)]
+    dino = DINO(*networks, **{**given, **changes})
     with torch.no_grad():  # so that student and teacher differ, and the centre matters
         dino.center.copy_(torch.randn(OUTPUTS) / 10)
         for parameter in dino.student.parameters():
@@ -77,7 +82,7 @@ def slow_losses(dino, batch, step):
             for n in range(NUM_IMAGES):
                 target = np.exp((teacher[t, n] - center) / dino.teacher_temperature[step])
                 target /= target.sum()
-                logits = student[s, n] / dino.student_temperature
+                logits = student[s, n] / dino.temperature
                 log_prediction = logits - np.log(np.exp(logits).sum())
                 per_image.append(-(target * log_prediction).sum())
             pairs["global" if s < 2 else "local"].append(np.mean(per_image))
@@ -132,12 +137,11 @@ def test_teacher_starts_as_the_student():
     torch.manual_seed(0)
     head = DINOHead(6, 12, 8, OUTPUTS, batch_norm=True, fixed_magnitude=True)
     dino = DINO(
-        Pool(),
-        Pool(),
-        head,
+        MultiCropNetwork(Pool(), head),
+        MultiCropNetwork(Pool(), copy.deepcopy(head)),
         weight_global=0.4,
         weight_local=0.6,
-        student_temperature=0.1,
+        temperature=0.1,
         teacher_temperature=np.array([0.04]),
         teacher_momentum=np.array([0.9]),
         center_momentum=0.9,

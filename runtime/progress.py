@@ -22,17 +22,23 @@ class Bar:
 
     In a terminal it is a rich bar. Elsewhere it prints at most one line every 10 s, and one at the end when the work
     took longer than 2 s, so that a log stays short.
+
+    Args:
+        description: what is being done.
+        total: number of steps, where it is known.
+        quiet: show nothing: of several processes one speaks.
     """
 
-    def __init__(self, description: str, total: int | None = None) -> None:
+    def __init__(self, description: str, total: int | None = None, quiet: bool = False) -> None:
         self.description = description
+        self.quiet = quiet
         self.total = total
         self.done = 0
         self.note = ""
         self._started = self._logged = time.monotonic()
         self._done_logged = -1
         self._rich: Progress | None = None
-        if console.is_terminal:
+        if console.is_terminal and not quiet:
             self._rich = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
@@ -67,6 +73,8 @@ class Bar:
             self._log()
 
     def _log(self) -> None:
+        if self.quiet:
+            return
         self._logged = time.monotonic()
         self._done_logged = self.done
         of = f"/{self.total}" if self.total is not None else ""

@@ -43,41 +43,80 @@ class ViewBatch(NamedTuple):
     unreadable: list[UnreadableImageError]
 
 
+class Share(NamedTuple):
+    """Which part of each step's images one process takes, and in how many portions.
+
+    The images of a step are dealt out portion by portion, and in a portion rank by rank, each a run of neighbours: so
+    all ranks together see at each step what one process would.
+
+    Attributes:
+        rank: this process, from 0.
+        world_size: number of processes.
+        portions: forward and backward passes per step (gradient accumulation).
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    portions: int = 1
+
+
+ALONE = Share()
+
+
 class ViewDataset(Dataset[ViewBatch]):
-    """Batches of views by step.
+    """Batches of views: item ``step * portions + portion``.
 
     Args:
         images: the data.
         policy: sizes and number of the views.
         sampler: draws the views' parameters.
-        batch_size: images per step.
+        batch_size: images per step, over all processes and portions.
         seed: of the order.
+        share: what this process takes of a step.
 
     Raises:
-        UserError: there are fewer images than a batch takes.
+        UserError: there are fewer images than a batch takes, or a batch cannot be shared out evenly.
     """
 
-    def __init__(self, images: ImageList, policy: ViewPolicy, sampler: ViewSampler, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        images: ImageList,
+        policy: ViewPolicy,
+        sampler: ViewSampler,
+        batch_size: int,
+        seed: int,
+        share: Share = ALONE,
+    ) -> None:
         if len(images) < batch_size:
             few = f"'{images.root}' gives {len(images)} image{'s'[: len(images) != 1]}, fewer than one batch"
             raise UserError(
                 f"{few} of {batch_size}: lower --batch-size, or add images (thousands are needed to learn)."
             )
+        parts = share.world_size * share.portions
+        if batch_size % parts or batch_size // parts < 2:
+            raise UserError(
+                f"--batch-size is {batch_size}, for {share.world_size} processes with --accumulate {share.portions}: "
+                f"give a multiple of {parts}, at least {2 * parts}."
+            )
         self.images = images
         self.policy = policy
         self.sampler = sampler
+        self.share = share
+        self.portion_size = batch_size // parts
         self.batch_size = batch_size
         self.steps_per_epoch = len(images) // batch_size
         self.seed = seed
         self._order = (-1, np.empty(0, dtype=np.int64))  # the epoch last asked for, and its order
         self._unreadable: dict[int, UnreadableImageError] = {}
 
-    def __getitem__(self, step: int) -> ViewBatch:
-        """Read and cut the batch of a global step."""
+    def __getitem__(self, item: int) -> ViewBatch:
+        """Read and cut this process's images of a portion of a step."""
+        step, portion = divmod(item, self.share.portions)
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, epoch_order(self.seed, epoch, len(self.images)))
-        indices = self._order[1][place * self.batch_size : (place + 1) * self.batch_size]
+        first = place * self.batch_size + (portion * self.share.world_size + self.share.rank) * self.portion_size
+        indices = self._order[1][first : first + self.portion_size]
         num_local, sizes = self.policy.num_local, (self.policy.global_px, self.policy.local_px)
         global_views, local_views = (
             np.empty((views, len(indices), px, px, 3), dtype=np.uint8)
@@ -132,7 +171,7 @@ def cut_views(images: list[np.ndarray], parameters: ViewParameters, out: list[np
 def load_batches(
     dataset: ViewDataset, first_step: int, end_step: int, workers: int, pin_memory: bool
 ) -> Iterator[ViewBatch]:
-    """The batches of steps ``first_step`` to ``end_step - 1``, in order, read ahead by worker processes.
+    """The batches of steps ``first_step`` to ``end_step - 1``, portion by portion, read ahead by worker processes.
 
     Args:
         dataset: the batches by step.
@@ -144,7 +183,7 @@ def load_batches(
     loader = DataLoader(
         dataset,
         batch_size=None,  # an item is a batch
-        sampler=range(first_step, end_step),
+        sampler=range(first_step * dataset.share.portions, end_step * dataset.share.portions),
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=ignore_stop_signals,

@@ -94,6 +94,7 @@ def encode(
     workers: int = 2,
     budget: UnreadableBudget | None = None,
     description: str = "Extracting features",
+    quiet: bool = False,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Features of all readable images by several encoders at once: each image is decoded only once.
 
@@ -106,6 +107,7 @@ def encode(
         workers: threads that decode.
         budget: counts the unreadable images; default 1 % are put up with.
         description: of the progress bar.
+        quiet: no progress bar.
 
     Returns:
         name -> (N, D) float32, and (N,) int64 indices of the images that could be read.
@@ -116,7 +118,7 @@ def encode(
     budget = budget or UnreadableBudget(0.01, len(images))
     parts: dict[str, list[np.ndarray]] = {name: [] for name in encoders}
     indices = []
-    with Bar(description, len(images)) as bar, torch.inference_mode():
+    with Bar(description, len(images), quiet) as bar, torch.inference_mode():
         for kept, batch in image_batches(images, preprocess, batch_size, workers, budget):
             batch = batch.to(device, memory_format=torch.channels_last)
             for name, encoder in encoders.items():

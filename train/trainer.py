@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -27,17 +29,18 @@ try:
 
     from . import checkpoint
     from .backbones import Backbone, feature_dim, find_backbone
-    from .datasets import ViewDataset, load_batches
-    from .methods import METHODS
-    from .metrics import MetricsLog
+    from .datasets import ALONE, Share, ViewBatch, ViewDataset, load_batches
+    from .engine import build_fabric, lost_process, on_first_rank
+    from .methods import METHODS, Plan
+    from .metrics import COLLAPSE_CAUSES, CollapseWatch, MetricsLog
+    from .online_knn import online_knn
     from .optim import OPTIMIZERS, build_optimizer, prepare_step
     from .photometric import Photometric
+    from .ranks import max_over_ranks, world_size
 except ModuleNotFoundError as error:
     require((error.name or "torch").partition(".")[0], "train")
     raise
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-DEVICES = ("auto", "cpu", "cuda", "mps")
 PUBLISHED_RESIZE_PX = 256  # short side before the centre crop of 224 px, in evaluation
 
 
@@ -60,21 +63,29 @@ def pretrain(config: PretrainConfig) -> int:
     fabric = build_fabric(config)
     images = list_images(config.data, config.limit, config.seed)
     backbone = find_backbone(config.backbone, config.image_px, config.channels, config.patch_px)
-    dataset = build_dataset(config, images, backbone)
-    folder = open_run(config, fingerprint(images), len(images))
+    dataset = build_dataset(config, images, backbone, Share(fabric.global_rank, fabric.world_size, config.accumulate))
+    folder = on_first_rank(fabric, lambda: open_run(config, fingerprint(images), len(images)))
     if folder.finished:
-        say(f"The run in '{config.out}' is finished: there is nothing to resume.")
-        report(config, folder)
+        if fabric.is_global_zero:
+            say(f"The run in '{config.out}' is finished: there is nothing to resume.")
+            report(config, folder)
         return 0
     trainer = Trainer(config, folder, fabric, backbone, dataset)
-    with StopRequest() as stop:
-        trainer.train(stop)
-    if trainer.step < trainer.steps:
-        say(f"Stopped after step {trainer.step} of {trainer.steps}; the same command with --resume goes on from there.")
-        return 128 + (stop.signal or 0)
-    trainer.export()
-    report(config, folder)
-    return 0
+    try:
+        with StopRequest() as stop:
+            signal = trainer.train(stop)
+    except RuntimeError as error:
+        if fabric.world_size > 1 and (lost := lost_process(error)) is not None:
+            raise lost from error
+        raise
+    if fabric.is_global_zero:
+        if trainer.step < trainer.steps:
+            done = f"Stopped after step {trainer.step} of {trainer.steps}"
+            say(f"{done}; the same command with --resume goes on from there.")
+        else:
+            trainer.export()
+            report(config, folder)
+    return 128 + signal if trainer.step < trainer.steps else 0
 
 
 def report(config: PretrainConfig, folder: RunFolder) -> None:
@@ -87,26 +98,8 @@ def report(config: PretrainConfig, folder: RunFolder) -> None:
         print(f"Pretrained backbone{loss}: {folder.backbone}")
 
 
-def build_fabric(config: PretrainConfig) -> Fabric:
-    """The engine: device and precision."""
-    if config.device not in DEVICES:
-        raise unknown_name("device", config.device, DEVICES)
-    if config.precision not in PRECISIONS:
-        raise unknown_name("precision", config.precision, PRECISIONS)
-    gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    available = {"auto": True, "cpu": True, **gpus}
-    if not available[config.device]:
-        usable = ", ".join(name for name in DEVICES if available[name])
-        raise UserError(f"--device {config.device}: torch finds no such device here; choose one of {usable}.")
-    if config.precision == "16-mixed" and (config.device == "cpu" or not any(gpus.values())):
-        raise UserError("--precision 16-mixed needs a GPU: choose bf16-mixed or 32-true.")
-    fabric = Fabric(accelerator=config.device, devices=1, precision=config.precision)  # type: ignore[arg-type]
-    fabric.launch()
-    return fabric
-
-
-def build_dataset(config: PretrainConfig, images: ImageList, backbone: Backbone) -> ViewDataset:
-    """The batches of views by step."""
+def build_dataset(config: PretrainConfig, images: ImageList, backbone: Backbone, share: Share = ALONE) -> ViewDataset:
+    """The batches of views by step, of which this process takes its share."""
     policy = view_policy(config.views, backbone.family, config.image_px, backbone.patch_px)
     given = {name: getattr(config, name) for name in ("local_px", "num_local", "global_area", "local_area")}
     policy = replace(policy, **{name: value for name, value in given.items() if value is not None})
@@ -114,7 +107,13 @@ def build_dataset(config: PretrainConfig, images: ImageList, backbone: Backbone)
         raise UserError(f"--local-px is {policy.local_px}: give a multiple of the patch, {backbone.patch_px} px.")
     blur_px = config.blur_px or blur_range_px(config.image_px)
     sampler = ViewSampler(policy, AUGMENTATIONS[config.method], blur_px, config.seed)
-    return ViewDataset(images, policy, sampler, config.batch_size, config.seed)
+    return ViewDataset(images, policy, sampler, config.batch_size, config.seed, share)
+
+
+def preprocess_of(config: PretrainConfig) -> Preprocess:
+    """From an image to the network's input, in evaluation."""
+    resize_px = config.resize_px or round(config.image_px * PUBLISHED_RESIZE_PX / PUBLISHED_PX)
+    return Preprocess(resize_px, config.image_px, mean=config.mean, std=config.std)
 
 
 class Trainer:
@@ -139,47 +138,105 @@ class Trainer:
         self.steps = max(1, round(config.epochs * dataset.steps_per_epoch))
         self.step = 0
         torch.manual_seed(config.seed)
-        build = METHODS[config.method]
-        self.method: Any = build(config, backbone, dataset.policy, dataset.steps_per_epoch, self.steps)
+        plan = Plan(config, backbone, dataset.policy, dataset.steps_per_epoch, self.steps, sync=fabric.world_size > 1)
+        self.method: Any = METHODS[config.method](plan)
         self.method.to(memory_format=torch.channels_last)
+        if fabric.global_rank:  # the same start everywhere; from here on each process draws for itself
+            torch.manual_seed(config.seed + (fabric.global_rank << 32))
         optimizer = build_optimizer(config.optimizer, self.method, config.momentum, config.trust_coefficient)
         self.network, self.optimizer = fabric.setup(self.method, optimizer)
         self.network.mark_forward_method("loss")
         self.photometric = Photometric(config.mean, config.std, dataset.sampler.blur_px[1], fabric.device)
+        self.preprocess = preprocess_of(config)
+        self.knn = online_knn(config, dataset.images, self.preprocess, fabric.device)
         if folder.checkpoint.exists():
             self.restore()
 
-    def train(self, stop: StopRequest) -> None:
-        """Run the steps that are left, until the end or a stop request; a step is done whole or not at all."""
-        config, fabric, dataset = self.config, self.fabric, self.dataset
-        method, network, optimizer = self.method, self.network, self.optimizer
+    def train(self, stop: StopRequest) -> int:
+        """Run the steps that are left, until the end or a stop request; a step is done whole or not at all.
+
+        Returns:
+            The signal that was followed, or 0.
+        """
+        fabric, method, network, optimizer = self.fabric, self.method, self.network, self.optimizer
+        portions, signal = self.config.accumulate, 0
         lr, weight_decay = self.schedules()
-        unreadable = UnreadableBudget(config.max_unreadable, len(dataset.images))
-        batches = load_batches(dataset, self.step, self.steps, config.workers, fabric.device.type == "cuda")
-        board = TensorBoardLogger(self.folder.path, name="", version="tensorboard", purge_step=self.step)
-        with Bar("Pretraining", self.steps) as bar:
-            bar.advance(self.step)
-            log = MetricsLog(self.folder.metrics, self.step, dataset, config.log_every_steps, bar, board.log_metrics)
-            for step, batch in enumerate(log.waiting(batches), self.step):
+        unreadable = UnreadableBudget(self.config.max_unreadable, len(self.dataset.images))
+        with self.logging() as log:
+            for item, batch in enumerate(log.waiting(self.batches()), self.step * portions):
+                step, portion = divmod(item, portions)
                 for error in batch.unreadable:
                     unreadable.skip(error)
                 views = self.photometric.views(batch)
-                with fabric.autocast():
-                    losses = network.loss(views, step)
-                fabric.backward(losses.total)
+                more_to_come = portion + 1 < portions
+                with fabric.no_backward_sync(network, enabled=more_to_come and fabric.world_size > 1):
+                    with fabric.autocast():
+                        losses = network.loss(views, step)
+                    fabric.backward(losses.total / portions)
+                log.add(losses)
+                if more_to_come:
+                    continue
                 prepare_step(optimizer, lr[step], weight_decay[step], method.frozen(step))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 method.after_step(step)
-                log.after_step(step, losses, lr[step])
+                log.after_step(step, lr[step])
                 self.step = step + 1
-                last = self.step == self.steps or stop.signal is not None
-                if last or self.step % config.checkpoint_every_steps == 0 or self.step % dataset.steps_per_epoch == 0:
-                    log.flush(step, losses, lr[step])
-                    self.save()
+                signal = self.agreed_signal(stop)
+                last = self.step == self.steps or signal != 0
+                judged = self.judge() if self.is_due(self.knn_every_steps) else {}
+                if judged or last or self.is_due(self.config.checkpoint_every_steps, self.dataset.steps_per_epoch):
+                    log.flush(step, lr[step], **judged)
+                    self.save(**judged)
                 if last:
                     break
-        board.finalize("success")
+        return signal
+
+    def batches(self) -> Iterator[ViewBatch]:
+        """What is left to read."""
+        pin = self.fabric.device.type == "cuda"
+        return load_batches(self.dataset, self.step, self.steps, self.config.workers, pin)
+
+    @contextmanager
+    def logging(self) -> Iterator[MetricsLog]:
+        """The log of the steps that are left; the first process keeps it."""
+        config, first = self.config, self.fabric.is_global_zero
+        watch = CollapseWatch(config.stop_on_collapse, COLLAPSE_CAUSES[config.method])
+        board = TensorBoardLogger(self.folder.path, name="", version="tensorboard", purge_step=self.step)
+        with Bar("Pretraining", self.steps, quiet=not first) as bar:
+            bar.advance(self.step)
+            yield MetricsLog(
+                self.folder.metrics, self.step, self.dataset, config.log_every_steps, bar, board.log_metrics, watch
+            )
+        if first:
+            board.finalize("success")
+
+    def is_due(self, *every_steps: int) -> bool:
+        """Whether the steps done are a multiple of one of these; 0 is never due."""
+        return any(every and self.step % every == 0 for every in every_steps)
+
+    @property
+    def knn_every_steps(self) -> int:
+        """Steps between judgements by k-NN, or 0."""
+        if self.knn is None:
+            return 0
+        every_epochs = 1.0 if self.config.knn_every_epochs is None else self.config.knn_every_epochs
+        return max(1, round(every_epochs * self.dataset.steps_per_epoch))
+
+    def judge(self) -> dict[str, float]:
+        """The k-NN accuracy so far, which the first process measures for all."""
+        assert self.knn is not None
+        top1 = self.knn(self.method.backbone) if self.fabric.is_global_zero else 0.0
+        self.method.train()
+        return {"knn_top1": self.fabric.broadcast(top1)}
+
+    def agreed_signal(self, stop: StopRequest) -> int:
+        """The signal that asks all processes to stop, or 0. Several look it up together, once every few steps."""
+        if world_size() == 1:
+            return stop.signal or 0
+        if not self.is_due(self.config.log_every_steps):
+            return 0
+        return int(max_over_ranks(torch.tensor(stop.signal or 0, device=self.fabric.device)))
 
     def schedules(self) -> tuple[np.ndarray, np.ndarray]:
         """Learning rate and weight decay by step, (steps,) each; the peak lr is scaled by batch size / 256."""
@@ -189,11 +246,20 @@ class Trainer:
         lr = warmup_cosine(config.warmup_lr, peak_lr, config.min_lr, warmup_steps, self.steps)
         return lr, cosine(config.weight_decay, config.weight_decay_end, self.steps)
 
-    def save(self) -> None:
+    def save(self, knn_top1: float | None = None) -> None:
         """Write the checkpoint of the steps done."""
+        config, path = self.config, self.folder.checkpoint
         precision = self.fabric.strategy.precision.state_dict()
-        state = checkpoint.capture(self.step, self.folder.identity, self.method, self.optimizer, precision)
-        checkpoint.save(self.folder.checkpoint, state)
+        state = checkpoint.capture(
+            self.step, self.folder.identity, self.method, self.optimizer, precision, self.fabric.device
+        )
+        if not self.fabric.is_global_zero:
+            return
+        checkpoint.save(path, state)
+        if config.keep_checkpoints > 1:
+            checkpoint.keep(path, self.step, config.keep_checkpoints)
+        if knn_top1 is not None:
+            checkpoint.keep_best(path, self.step, knn_top1)
 
     def restore(self) -> None:
         """Go back to the last checkpoint."""
@@ -201,20 +267,20 @@ class Trainer:
         checkpoint.restore(state, self.method, self.optimizer)
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.step = state["step"]
-        say(f"Resumed after step {self.step} of {self.steps}.")
+        if self.fabric.is_global_zero:
+            say(f"Resumed after step {self.step} of {self.steps}.")
 
     def export(self) -> None:
         """Write ``backbone.safetensors`` and ``backbone.json``; equal runs give equal bytes."""
         config, policy = self.config, self.dataset.policy
         network = self.method.backbone
-        resize_px = config.resize_px or round(config.image_px * PUBLISHED_RESIZE_PX / PUBLISHED_PX)
         spec = torch_model.ModelSpec(
             timm_name=self.backbone.name,
             timm_args=self.backbone.args,
             num_classes=0,
             feature_dim=feature_dim(network),
             labels=(),
-            preprocess=Preprocess(resize_px, config.image_px, mean=config.mean, std=config.std),
+            preprocess=self.preprocess,
             input_px=config.image_px,
             trained={
                 "method": config.method,

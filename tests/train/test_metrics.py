@@ -8,7 +8,7 @@ import torch
 from midge.runtime.errors import UserError
 from midge.runtime.progress import Bar
 from midge.train.method import Losses
-from midge.train.metrics import MetricsLog, drop_lines_from, feature_std, rankme
+from midge.train.metrics import CollapseWatch, MetricsLog, drop_lines_from, feature_std, rankme
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,8 +29,15 @@ def losses(total, spread=1.0):
 def make_log(path, step=0, every_steps=2):
     board = []
     data: Any = Batches()
-    log = MetricsLog(path, step, data, every_steps, Bar("test", 10), lambda values, at: board.append((at, values)))
+    watch = CollapseWatch(stop=False, cause="Try again.")
+    bar = Bar("test", 10)
+    log = MetricsLog(path, step, data, every_steps, bar, lambda values, at: board.append((at, values)), watch)
     return log, board
+
+
+def take(log, step, total, lr):
+    log.add(losses(total))
+    log.after_step(step, lr)
 
 
 def read(path):
@@ -41,8 +48,8 @@ def test_lines_are_means_over_their_steps(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log, board = make_log(path)
     for step, _ in enumerate(log.waiting(range(5))):
-        log.after_step(step, losses(float(step)), lr=np.float64(step / 10))
-    log.flush(4, losses(4.0), 0.4)
+        take(log, step, float(step), lr=np.float64(step / 10))
+    log.flush(4, 0.4)
     lines = read(path)
     assert [line["step"] for line in lines] == [1, 3, 4]
     assert [line["loss"] for line in lines] == [0.5, 2.5, 4.0]
@@ -53,7 +60,7 @@ def test_lines_are_means_over_their_steps(tmp_path):
     assert all(line["images_per_s"] > 0 and 0 <= line["data_wait_percent"] <= 100 for line in lines)
     assert [at for at, _ in board] == [1, 3, 4]
     assert log.last == lines[-1]
-    log.flush(4, losses(4.0), 0.4)
+    log.flush(4, 0.4)
     assert len(read(path)) == 3  # no step since then
 
 
@@ -61,10 +68,44 @@ def test_lines_are_means_over_their_steps(tmp_path):
 def test_loss_that_is_not_finite_names_its_step(tmp_path, value):
     log, _ = make_log(tmp_path / "metrics.jsonl", step=10, every_steps=5)
     for step, total in enumerate([3.0, 3.0, value, value], 10):
-        log.after_step(step, losses(total), 0.1)
+        take(log, step, total, 0.1)
     with pytest.raises(UserError, match=r"not finite at step 12: .*--base-lr"):
-        log.after_step(14, losses(value), 0.1)
+        take(log, 14, value, 0.1)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_portions_of_a_step_count_once(tmp_path):
+    log, _ = make_log(tmp_path / "metrics.jsonl")
+    for total in (1.0, 2.0, 6.0):
+        log.add(losses(total))
+    log.after_step(0, 0.1)
+    take(log, 1, 5.0, 0.1)
+    assert read(tmp_path / "metrics.jsonl")[0]["loss"] == 4  # of 3 and 5
+
+
+def test_more_numbers_stand_in_the_line(tmp_path):
+    log, board = make_log(tmp_path / "metrics.jsonl")
+    log.add(losses(1.0))
+    log.after_step(0, 0.1)
+    log.flush(0, 0.1, knn_top1=0.5)
+    assert read(tmp_path / "metrics.jsonl")[0]["knn_top1"] == board[0][1]["knn_top1"] == 0.5
+
+
+def test_collapse_is_said_once_or_ends_the_run(capsys):
+    said = CollapseWatch(stop=False, cause="Lower it.")
+    for step in range(6):
+        said(step, 0.001, 40.0)
+    told = capsys.readouterr().err
+    assert told.count("collapsed by step 2") == told.count("collapsed") == 1
+    assert "Lower it." in told
+    ended = CollapseWatch(stop=True, cause="Lower it.")
+    for step in range(2):
+        ended(step, 0.9, 1.2)
+    ended(2, 0.9, 30.0)  # a good line between: it starts anew
+    for step in range(3, 5):
+        ended(step, 0.9, 1.2)
+    with pytest.raises(UserError, match=r"collapsed by step 5: .* 1\.2 effective dimensions"):
+        ended(5, 0.9, 1.2)
 
 
 def test_lines_from_the_resumed_step_on_are_dropped(tmp_path):

@@ -257,7 +257,7 @@ def test_unreadable_images_are_skipped_up_to_a_share(image_folder, tmp_path, cap
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "simclr"}, "Unknown method 'simclr': choose one of dino."),
+        ({"method": "simclr"}, "Unknown method 'simclr': choose one of dino, mocov2, swav."),
         ({"backbone": "resnet19"}, "Unknown backbone 'resnet19': did you mean"),
         ({"views": "tiny"}, "Unknown view policy 'tiny': choose one of baseline, lowcompute."),
         ({"optimizer": "sgd"}, "Unknown optimizer 'sgd': choose one of adamw, lars."),

@@ -19,18 +19,34 @@ from . import __version__
 
 
 class Command(NamedTuple):
-    """A command: its one-line summary and where its config and its function live (``module:name``, below midge)."""
+    """A command: its one-line summary and where its parts live (``module:name``, below midge).
+
+    Attributes:
+        summary: for the list of commands.
+        config: the dataclass that becomes the flags.
+        function: takes it and returns the exit code.
+        defaults: gives the values that the flags start from, by the arguments; "" where they are the dataclass's.
+    """
 
     summary: str
     config: str
     function: str
+    defaults: str = ""
 
 
 COMMANDS = {
     "run": Command("the whole path in one command, by recipe", "pipeline:RunConfig", "pipeline:run"),
     "data fetch": Command("fetch a known image set", "train.data_config:FetchConfig", "train.fetch:fetch"),
     "data check": Command("find unreadable images", "train.data_config:CheckConfig", "train.data_check:check"),
-    "pretrain": Command("self-supervised pretraining", "train.config:PretrainConfig", "train.trainer:pretrain"),
+    "recipes": Command(
+        "known good settings, explained", "train.recipes_table:RecipesConfig", "train.recipes_table:recipes"
+    ),
+    "pretrain": Command(
+        "self-supervised pretraining",
+        "train.config:PretrainConfig",
+        "train.trainer:pretrain",
+        defaults="train.recipes:defaults",
+    ),
     "knn": Command(
         "k-NN accuracy of a run, beside its baselines", "train.evaluation_config:KnnConfig", "train.knn:knn"
     ),
@@ -90,11 +106,8 @@ def dispatch(argv: Sequence[str]) -> int:
     import tyro
 
     command = COMMANDS[name]
-    config = tyro.cli(
-        load(command.config),
-        prog=f"midge {name}",
-        args=arguments,
-    )
+    default = {"default": load(command.defaults)(arguments)} if command.defaults else {}
+    config = tyro.cli(load(command.config), prog=f"midge {name}", args=arguments, **default)
     return load(command.function)(config)
 
 

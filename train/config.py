@@ -30,6 +30,9 @@ class PretrainConfig:
     # What.
     recipe: str = "dino-cnn"
     """Settings to start from, see midge recipes; default by --method and --backbone. Other flags change single ones."""
+    fit_to_data: bool = True
+    """Fit the recipe's batch, learning rate, durations, outputs, queue and averages to fewer images than ImageNet's, by
+    the rules that midge recipes --help names; values that are given stay. What it changes is said at the start."""
     method: str = "dino"
     """Self-supervised method: dino, swav or mocov2."""
     backbone: str = "resnet18"

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import tyro
+
+from ..runtime.errors import UserError, unknown_name
 from .config import PretrainConfig
+from .views import VIEW_POLICIES
 
 VIT: dict[str, Any] = {
     "backbone": "vit_tiny_patch16_224",
@@ -82,6 +87,7 @@ def quickstart(data: Path, out: Path, **changes: Any) -> PretrainConfig:
     """
     small: dict[str, Any] = {
         "recipe": "quickstart",
+        "fit_to_data": False,
         "channels": (32, 64, 128, 256),
         "image_px": 32,
         "resize_px": 32,
@@ -113,3 +119,56 @@ RECIPES: dict[str, Callable[..., PretrainConfig]] = {
     "swav-cnn": swav_cnn,
     "swav-vit": swav_vit,
 }
+
+METHOD_RECIPES = {"dino": "dino", "mocov2": "moco", "swav": "swav"}
+"""Method -> what its recipes' names begin with."""
+
+VIT_PREFIXES = ("vit_", "deit", "flexivit")
+
+
+def find_recipe(name: str) -> Callable[..., PretrainConfig]:
+    """A recipe by name: one of the table, or one followed by its views, as ``dino-cnn-baseline``.
+
+    Raises:
+        UserError: there is no such recipe.
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    stem, _, views = name.rpartition("-")
+    if stem in RECIPES and views in VIEW_POLICIES:
+        return functools.partial(RECIPES[stem], recipe=name, views=views)
+    raise unknown_name("recipe", name, [*RECIPES, *(f"…-{views}" for views in VIEW_POLICIES)])
+
+
+def defaults(arguments: Sequence[str]) -> PretrainConfig:
+    """What the flags of ``midge pretrain`` start from: the recipe named, else that of the method and the backbone.
+
+    Args:
+        arguments: of the command line.
+
+    Returns:
+        A configuration without data and out.
+
+    Raises:
+        UserError: there is no such recipe, or it is of another method than the one named.
+    """
+    name = flag_value(arguments, "recipe")
+    method, backbone = flag_value(arguments, "method"), flag_value(arguments, "backbone")
+    if name is None:
+        family = "vit" if (backbone or "").startswith(VIT_PREFIXES) else "cnn"
+        name = f"{METHOD_RECIPES.get(method or 'dino', 'dino')}-{family}"
+    config = find_recipe(name)(tyro.MISSING, tyro.MISSING)
+    if method not in (None, config.method) and flag_value(arguments, "recipe") is not None:
+        raise UserError(f"--recipe {name} is of the method {config.method}, not {method}: leave one of the two out.")
+    return config
+
+
+def flag_value(arguments: Sequence[str], name: str) -> str | None:
+    """The value of ``--name VALUE`` or ``--name=VALUE``, the last one, or None."""
+    value = None
+    for index, argument in enumerate(arguments):
+        if argument == f"--{name}" and index + 1 < len(arguments):
+            value = arguments[index + 1]
+        elif argument.startswith(f"--{name}="):
+            value = argument.partition("=")[2]
+    return value

@@ -20,6 +20,7 @@ from .interruption import StopRequest
 from .run_folder import RunFolder, open_run
 from .sampling import ViewSampler
 from .schedules import cosine, warmup_cosine
+from .small_data import fit_to_data
 from .views import AUGMENTATIONS, PUBLISHED_PX, blur_range_px, view_policy
 
 try:
@@ -62,6 +63,11 @@ def pretrain(config: PretrainConfig) -> int:
             raise unknown_name(kind, name, table)
     fabric = build_fabric(config)
     images = list_images(config.data, config.limit, config.seed)
+    if config.fit_to_data:
+        config, changed = fit_to_data(config, len(images))
+        if changed and fabric.is_global_zero:
+            values = ", ".join(f"{field} {value:g}" for field, value in changed.items())
+            say(f"Fitted {config.recipe} to {len(images)} images: {values}. --no-fit-to-data keeps the recipe's.")
     backbone = find_backbone(config.backbone, config.image_px, config.channels, config.patch_px)
     dataset = build_dataset(config, images, backbone, Share(fabric.global_rank, fabric.world_size, config.accumulate))
     folder = on_first_rank(fabric, lambda: open_run(config, fingerprint(images), len(images)))

@@ -18,8 +18,8 @@ from midge.train.recipes import dino_vit, moco_vit, swav_vit
 
 RECIPES = {"dino": dino_vit, "mocov2": moco_vit, "swav": swav_vit}
 
-# A network without batch statistics, of which gloo has no synchronized form; and no drop path, which each process
-# draws for itself.
+# A network without batch statistics, of which gloo has no synchronized form; no drop path, which each process draws for
+# itself; and LARS, since AdamW makes a full update of what rounding leaves where a gradient is zero (a key's bias).
 TINY = {
     "fit_to_data": False,
     "backbone": "vit_tiny_patch16_224",
@@ -33,7 +33,10 @@ TINY = {
     "head_bottleneck": 8,
     "head_outputs": 32,
     "head_batch_norm": False,
-    "base_lr": 0.02,
+    "optimizer": "lars",
+    "base_lr": 4.8,
+    "weight_decay": 1e-6,
+    "weight_decay_end": 1e-6,
     "warmup_epochs": 0.0,
     "freeze_last_layer_epochs": 0.3,
     "queue_start_epochs": 0.0,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -16,6 +17,8 @@ from ..runtime.errors import UserError, require
 # timm's modules; what is in neither runs as a CNN.
 RESNETS = ("resnet",)
 VITS = ("vision_transformer", "deit")
+# Those that start residual branches at zero, unless told not to.
+ZERO_INIT = ("byobnet", "cspnet", "regnet", "res2net", "resnest", "resnet", "resnetv2", "sknet")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,36 @@ class Backbone:
         """
         args = {**self.args, **self.training_args} | ({"drop_path_rate": drop_path} if drop_path else {})
         return _create(self.name, args)
+
+    def refused(self, sizes: Iterable[int]) -> list[int]:
+        """Those sides of images, px, that the network cannot take; nothing is computed."""
+        with torch.device("meta"):
+            network = self.build()
+
+            def takes(px: int) -> bool:
+                try:
+                    network(torch.empty(2, 3, px, px))
+                except Exception:  # which one depends on the network's own code
+                    return False
+                return True
+
+            return [px for px in sizes if not takes(px)]
+
+    def check_views(self, sizes: Iterable[int]) -> None:
+        """Refuse views that the network cannot take.
+
+        Args:
+            sizes: sides of the views, px.
+
+        Raises:
+            UserError: it is made for images of another size.
+        """
+        for px in self.refused(sizes):
+            way_out = f"give --local-px {self.args['img_size']}" if "img_size" in self.args else "give another size"
+            raise UserError(
+                f"'{self.name}' cannot take views of {px} px, it is bound to its own size: {way_out}, or choose "
+                "another backbone."
+            )
 
 
 def find_backbone(
@@ -81,8 +114,13 @@ def find_backbone(
         raise UserError(f"--patch-px is for ViTs: '{name}' takes none.")
     # timm starts a ResNet's residual branches at zero; torchvision's, which the paper used, do not. So untrained, its
     # features are also much poorer than those of the network that one would compare with.
-    training_args = {"zero_init_last": False} if is_resnet else {}
-    return Backbone(name, "cnn", 1, {} if channels is None else {"channels": tuple(channels)}, training_args)
+    training_args = {"zero_init_last": False} if timm.models.is_model_in_modules(name, ZERO_INIT) else {}
+    backbone = Backbone(name, "cnn", 1, {} if channels is None else {"channels": tuple(channels)}, training_args)
+    if backbone.refused([image_px]):  # its attention has a table of positions for one size of image
+        sized = replace(backbone, args={**backbone.args, "img_size": image_px})
+        with contextlib.suppress(UserError):
+            return backbone if sized.refused([image_px]) else sized
+    return backbone
 
 
 def _create(name: str, args: dict[str, Any]) -> nn.Module:

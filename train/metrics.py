@@ -30,7 +30,6 @@ class MetricsLog:
         path: metrics.jsonl; lines of steps at or after ``step`` are dropped, for they will be run again.
         step: first step of this process.
         dataset: for the number of images per step and of steps per epoch.
-        every_steps: steps between lines.
         bar: shows loss and speed.
         board: takes a dictionary of numbers and the step, as Fabric's ``log_dict``.
         watch: on collapse.
@@ -44,7 +43,6 @@ class MetricsLog:
         path: Path,
         step: int,
         dataset: ViewDataset,
-        every_steps: int,
         bar: Bar,
         board: Callable[[dict[str, float], int], None],
         watch: CollapseWatch,
@@ -53,7 +51,6 @@ class MetricsLog:
             drop_lines_from(path, step)
         self.path = path
         self.dataset = dataset
-        self.every_steps = every_steps
         self.bar = bar
         self.board = board
         self.last: dict[str, float] = {}
@@ -81,13 +78,11 @@ class MetricsLog:
         self._portions.append(torch.stack([losses.total.detach(), losses.global_pairs, losses.local_pairs]))
         self._embeddings = losses.embeddings
 
-    def after_step(self, step: int, lr: float) -> None:
-        """Close a step; every few steps write a line."""
+    def end_step(self) -> None:
+        """Close a step: its portions count as one."""
         self._steps.append(torch.stack(self._portions).mean(dim=0))
         self._portions.clear()
         self.bar.advance()
-        if (step + 1) % self.every_steps == 0:
-            self.flush(step, lr)
 
     def flush(self, step: int, lr: float, **more: float) -> None:
         """Write a line about the steps since the last one, up to ``step``, if there are any.

@@ -106,7 +106,9 @@ class MoCoV2(nn.Module):
         if not has_batch_norm(self.key):
             return gather_over_ranks(self.key([views])[1])
         everyones = gather_over_ranks(views)  # (ranks N, 3, h, h)
-        order = torch.randperm(len(everyones), generator=torch.Generator().manual_seed(step)).to(views.device)
+        # Drawn where it is used: a copy to a GPU would make it wait.
+        generator = torch.Generator(views.device).manual_seed(step)
+        order = torch.randperm(len(everyones), generator=generator, device=views.device)
         mine = everyones[order.chunk(world_size())[rank()]]
         groups = min(max(1, self.key_groups // world_size()), max(1, len(mine) // MIN_GROUP))
         shuffled = gather_over_ranks(torch.cat([self.key([group])[1] for group in mine.tensor_split(groups)]))

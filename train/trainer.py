@@ -63,11 +63,9 @@ def pretrain(config: PretrainConfig) -> int:
             raise unknown_name(kind, name, table)
     fabric = build_fabric(config)
     images = list_images(config.data, config.limit, config.seed)
+    changed = {}
     if config.fit_to_data:
         config, changed = fit_to_data(config, len(images))
-        if changed and fabric.is_global_zero:
-            values = ", ".join(f"{field} {value:g}" for field, value in changed.items())
-            say(f"Fitted {config.recipe} to {len(images)} images: {values}. --no-fit-to-data keeps the recipe's.")
     backbone = find_backbone(config.backbone, config.image_px, config.channels, config.patch_px)
     dataset = build_dataset(config, images, backbone, Share(fabric.global_rank, fabric.world_size, config.accumulate))
     folder = on_first_rank(fabric, lambda: open_run(config, fingerprint(images), len(images)))
@@ -76,6 +74,9 @@ def pretrain(config: PretrainConfig) -> int:
             say(f"The run in '{config.out}' is finished: there is nothing to resume.")
             report(config, folder)
         return 0
+    if changed and fabric.is_global_zero:
+        values = ", ".join(f"{field} {value:g}" for field, value in changed.items())
+        say(f"Fitted {config.recipe} to {len(images)} images: {values}. --no-fit-to-data keeps the recipe's.")
     trainer = Trainer(config, folder, fabric, backbone, dataset)
     try:
         with StopRequest() as stop:
@@ -111,6 +112,7 @@ def build_dataset(config: PretrainConfig, images: ImageList, backbone: Backbone,
     policy = replace(policy, **{name: value for name, value in given.items() if value is not None})
     if policy.local_px % backbone.patch_px:
         raise UserError(f"--local-px is {policy.local_px}: give a multiple of the patch, {backbone.patch_px} px.")
+    backbone.check_views((policy.global_px, policy.local_px))
     blur_px = config.blur_px or blur_range_px(config.image_px)
     sampler = ViewSampler(policy, AUGMENTATIONS[config.method], blur_px, config.seed)
     return ViewDataset(images, policy, sampler, config.batch_size, config.seed, share)
@@ -186,13 +188,15 @@ class Trainer:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 method.after_step(step)
-                log.after_step(step, lr[step])
+                log.end_step()
                 self.step = step + 1
                 signal = self.agreed_signal(stop)
                 last = self.step == self.steps or signal != 0
                 judged = self.judge() if self.is_due(self.knn_every_steps) else {}
-                if judged or last or self.is_due(self.config.checkpoint_every_steps, self.dataset.steps_per_epoch):
+                keep = bool(judged) or last or self.is_due(*self.checkpoint_every_steps)
+                if keep or self.is_due(self.config.log_every_steps):
                     log.flush(step, lr[step], **judged)
+                if keep:
                     self.save(**judged)
                 if last:
                     break
@@ -211,15 +215,18 @@ class Trainer:
         board = TensorBoardLogger(self.folder.path, name="", version="tensorboard", purge_step=self.step)
         with Bar("Pretraining", self.steps, quiet=not first) as bar:
             bar.advance(self.step)
-            yield MetricsLog(
-                self.folder.metrics, self.step, self.dataset, config.log_every_steps, bar, board.log_metrics, watch
-            )
+            yield MetricsLog(self.folder.metrics, self.step, self.dataset, bar, board.log_metrics, watch)
         if first:
             board.finalize("success")
 
     def is_due(self, *every_steps: int) -> bool:
         """Whether the steps done are a multiple of one of these; 0 is never due."""
         return any(every and self.step % every == 0 for every in every_steps)
+
+    @property
+    def checkpoint_every_steps(self) -> tuple[int, int]:
+        """Steps between checkpoints: as asked for, and at the end of each epoch."""
+        return self.config.checkpoint_every_steps, self.dataset.steps_per_epoch
 
     @property
     def knn_every_steps(self) -> int:

@@ -26,18 +26,20 @@ def losses(total, spread=1.0):
     return Losses(torch.tensor(total, requires_grad=True), torch.tensor(total + 1), torch.tensor(total - 1), embeddings)
 
 
-def make_log(path, step=0, every_steps=2):
+def make_log(path, step=0):
     board = []
     data: Any = Batches()
     watch = CollapseWatch(stop=False, cause="Try again.")
     bar = Bar("test", 10)
-    log = MetricsLog(path, step, data, every_steps, bar, lambda values, at: board.append((at, values)), watch)
+    log = MetricsLog(path, step, data, bar, lambda values, at: board.append((at, values)), watch)
     return log, board
 
 
-def take(log, step, total, lr):
+def take(log, step, total, lr, every_steps=2):
     log.add(losses(total))
-    log.after_step(step, lr)
+    log.end_step()
+    if (step + 1) % every_steps == 0:
+        log.flush(step, lr)
 
 
 def read(path):
@@ -66,11 +68,11 @@ def test_lines_are_means_over_their_steps(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_loss_that_is_not_finite_names_its_step(tmp_path, value):
-    log, _ = make_log(tmp_path / "metrics.jsonl", step=10, every_steps=5)
+    log, _ = make_log(tmp_path / "metrics.jsonl", step=10)
     for step, total in enumerate([3.0, 3.0, value, value], 10):
-        take(log, step, total, 0.1)
+        take(log, step, total, 0.1, every_steps=5)
     with pytest.raises(UserError, match=r"not finite at step 12: .*--base-lr"):
-        take(log, 14, value, 0.1)
+        take(log, 14, value, 0.1, every_steps=5)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
@@ -78,7 +80,7 @@ def test_portions_of_a_step_count_once(tmp_path):
     log, _ = make_log(tmp_path / "metrics.jsonl")
     for total in (1.0, 2.0, 6.0):
         log.add(losses(total))
-    log.after_step(0, 0.1)
+    log.end_step()
     take(log, 1, 5.0, 0.1)
     assert read(tmp_path / "metrics.jsonl")[0]["loss"] == 4  # of 3 and 5
 
@@ -86,7 +88,7 @@ def test_portions_of_a_step_count_once(tmp_path):
 def test_more_numbers_stand_in_the_line(tmp_path):
     log, board = make_log(tmp_path / "metrics.jsonl")
     log.add(losses(1.0))
-    log.after_step(0, 0.1)
+    log.end_step()
     log.flush(0, 0.1, knn_top1=0.5)
     assert read(tmp_path / "metrics.jsonl")[0]["knn_top1"] == board[0][1]["knn_top1"] == 0.5
 

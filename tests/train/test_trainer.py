@@ -20,7 +20,7 @@ from midge.runtime.errors import UserError
 from midge.runtime.images import list_images, load_image
 from midge.runtime.torch_model import load_model
 from midge.train import checkpoint
-from midge.train.recipes import quickstart
+from midge.train.recipes import moco_cnn, quickstart
 from midge.train.trainer import pretrain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -162,9 +162,18 @@ def wait_for(path, timeout_s=60.0):
         time.sleep(0.005)
 
 
-def test_killed_and_resumed_equals_uninterrupted(image_folder, tmp_path, capsys):
-    data = image_folder()
-    whole, killed = tiny(data, tmp_path / "whole", **LONG), tiny(data, tmp_path / "killed", workers=1, **LONG)
+OWN = {
+    "dino": {"koleo_weight": 0.1},
+    "mocov2": {"queue_size": 20, "key_groups": 2},
+    "swav": {"queue_size": 20, "queue_start_epochs": 0.5},
+}
+"""What each method needs besides; the queues are no multiples of the batch of 8."""
+
+
+@pytest.mark.parametrize("method", sorted(OWN))
+def test_killed_and_resumed_equals_uninterrupted(image_folder, tmp_path, capsys, method):
+    data, changes = image_folder(), {**LONG, "method": method, **OWN[method]}
+    whole, killed = tiny(data, tmp_path / "whole", **changes), tiny(data, tmp_path / "killed", workers=1, **changes)
     kill_after_the_first_checkpoint(killed, tmp_path)
     assert not (killed.out / "backbone.safetensors").exists()
     assert pretrain(dataclasses.replace(killed, resume=True)) == 0
@@ -174,6 +183,9 @@ def test_killed_and_resumed_equals_uninterrupted(image_folder, tmp_path, capsys)
     steps = [line["step"] for line in metrics(killed.out)]
     assert steps == sorted(set(steps)) == [line["step"] for line in metrics(whole.out)]
     assert [line["loss"] for line in metrics(whole.out)] == [line["loss"] for line in metrics(killed.out)]
+    states = [torch.load(run.out / "checkpoints/last.pt", weights_only=True) for run in (whole, killed)]
+    assert all(torch.equal(value, states[1]["method"][name]) for name, value in states[0]["method"].items())
+    assert torch.equal(states[0]["rng"], states[1]["rng"])
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -212,6 +224,58 @@ def test_finished_run_has_nothing_to_resume(image_folder, tmp_path, capsys):
         pretrain(config)
     with pytest.raises(UserError, match=r"epochs 1\.0 there and 2\.0 now"):
         pretrain(dataclasses.replace(config, resume=True, epochs=2.0))
+
+
+def test_knn_while_it_trains_keeps_the_best_checkpoint(labelled_folder, tmp_path):
+    data = labelled_folder(each=20)
+    changes = {"epochs": 3.0, "knn_every_epochs": 1.0, "knn_images": 45, "keep_checkpoints": 2}
+    judged, plain = (tiny(data, tmp_path / name, **changes) for name in ("judged", "plain"))
+    plain = dataclasses.replace(plain, knn_every_epochs=0.0)
+    assert pretrain(judged) == pretrain(plain) == 0
+    found = {line["step"] + 1: line["knn_top1"] for line in metrics(judged.out) if "knn_top1" in line}
+    assert sorted(found) == [7, 14, 21]
+    assert all(0 <= value <= 1 and round(value * 9, 6).is_integer() for value in found.values())  # a fifth of 45
+    best = json.loads((judged.out / "checkpoints/best.json").read_text())
+    assert found[best["step"]] == best["knn_top1"] == max(found.values())
+    kept = {path.name for path in (judged.out / "checkpoints").iterdir()}
+    assert kept == {"last.pt", "best.pt", "best.json", "step-00000020.pt", "step-00000021.pt"}
+    assert torch.load(judged.out / "checkpoints/best.pt", weights_only=True)["step"] == best["step"]
+    assert not any("knn_top1" in line for line in metrics(plain.out))
+    assert weights(judged.out) == weights(plain.out)  # looking changes nothing
+
+
+def test_knn_without_labels_is_refused_only_where_it_is_asked_for(image_folder, tmp_path):
+    data = image_folder()
+    with pytest.raises(UserError, match=r"--knn-every-epochs is 1, but .* has no labels"):
+        pretrain(tiny(data, tmp_path / "asked", knn_every_epochs=1.0))
+    assert pretrain(tiny(data, tmp_path / "not", epochs=0.4)) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "differs"),
+    [
+        ({"method": "mocov2", "queue_size": 16}, "method 'dino' there and 'mocov2' now"),
+        ({"backbone": "resnet34"}, "backbone 'resnet18' there and 'resnet34' now"),
+        ({"views": "baseline"}, "views 'lowcompute' there and 'baseline' now"),
+    ],
+)
+def test_a_run_of_another_kind_is_not_resumed(image_folder, tmp_path, changes, differs):
+    config = tiny(image_folder(), tmp_path / "run", epochs=0.4)
+    assert pretrain(config) == 0
+    with pytest.raises(UserError, match=differs):
+        pretrain(dataclasses.replace(config, resume=True, **changes))
+
+
+def test_recipes_are_fitted_to_the_data_and_say_so(image_folder, tmp_path, capsys):
+    changes = {
+        name: value for name, value in TINY.items() if name not in ("batch_size", "head_outputs", "warmup_epochs")
+    }
+    config = moco_cnn(image_folder(130), tmp_path / "run", image_px=32, **{**changes, "epochs": 1.0})
+    assert pretrain(config) == 0
+    assert "Fitted moco-cnn to 130 images: batch_size 64, " in capsys.readouterr().err
+    written = json.loads((config.out / "config.json").read_text())["config"]
+    assert (written["batch_size"], written["queue_size"], written["temperature"]) == (64, 65, 0.1)
+    assert pretrain(dataclasses.replace(config, resume=True)) == 0
 
 
 def test_killed_before_the_export(image_folder, tmp_path):

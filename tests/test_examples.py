@@ -1,0 +1,54 @@
+"""The examples that run in seconds, as their heads say; and the README's lines for plain timm."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from midge.runtime.preprocess import Preprocess
+from midge.runtime.torch_model import ModelSpec, build_model, load_model, save_model
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's backbone with other weights than a new network has."""
+    spec = ModelSpec("resnet18", {"channels": (8, 8, 8, 16)}, 0, 16, (), Preprocess(36, 32), 32, {"method": "none"})
+    torch.manual_seed(7)
+    save_model(tmp_path / "runs" / "mine", "backbone", build_model(spec), spec)
+    return tmp_path / "runs" / "mine"
+
+
+def test_hub_folder_gives_the_same_features_without_midge(run: Path, tmp_path: Path) -> None:
+    image = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(image)
+    command = [sys.executable, ROOT / "examples/hub_folder.py", run, "--out", tmp_path / "hub", "--image", image]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    cosine = re.search(r"cosine to the run's own: ([\d.]+)", done.stdout)
+    assert cosine is not None and float(cosine[1]) > 0.9999
+    assert {path.name for path in (tmp_path / "hub").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_the_readmes_three_lines_load_a_backbone_with_plain_timm(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S) if "safetensors" in block)
+    lines = [line for line in code.splitlines() if line and not line.startswith(("import", "from"))]
+    assert len(lines) == 3 and "midge" not in code
+    monkeypatch.chdir(run.parent.parent)
+    names: dict[str, object] = {}
+    exec(code, names)
+    loaded = names["backbone"]
+    assert isinstance(loaded, torch.nn.Module)
+    expected, _ = load_model(run, "backbone")
+    batch = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded.eval()(batch), expected(batch))

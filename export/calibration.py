@@ -143,13 +143,12 @@ class EvaluationImages:
     def __init__(self, images: ImageList | None) -> None:
         self.met = 0
         self._number = 0 if images is None else len(images)
-        self._by_size: dict[int, list[Path]] = {}
+        self._images = images
+        self._by_size: dict[int, list[int]] = {}
         self._hashes: dict[int, frozenset[str]] = {}
         for index in range(self._number):
             assert images is not None
-            path = images.path(index)
-            if path.exists():  # a dangling link is listed
-                self._by_size.setdefault(path.stat().st_size, []).append(path)
+            self._by_size.setdefault(images.size_bytes(index), []).append(index)
 
     def __len__(self) -> int:
         return self._number
@@ -157,10 +156,17 @@ class EvaluationImages:
     def meet(self, size_bytes: int, sha256: str) -> bool:
         """Whether a file of this size and hash is among them; if so it is counted."""
         if size_bytes not in self._hashes:
-            self._hashes[size_bytes] = frozenset(map(content_hash, self._by_size.get(size_bytes, ())))
+            self._hashes[size_bytes] = frozenset(map(self._hash, self._by_size.get(size_bytes, ())))
         found = sha256 in self._hashes[size_bytes]
         self.met += found
         return found
+
+    def _hash(self, index: int) -> str:
+        assert self._images is not None
+        try:
+            return content_hash(self._images.source(index))
+        except UnreadableImageError:
+            return ""  # nothing can be equal to it
 
 
 class ReadImage(NamedTuple):
@@ -194,12 +200,12 @@ def read_images(images: ImageList, order: Sequence[int], preprocess: Preprocess,
     budget = UnreadableBudget(MAX_UNREADABLE, len(order))
 
     def read(index: int) -> ReadImage | UnreadableImageError:
-        path = images.path(index)
         try:
-            image = preprocess(load_image(path))
+            source = images.source(index)
+            image = preprocess(load_image(source, images.path(index)))
         except UnreadableImageError as error:
             return error
-        return ReadImage(images.paths[index], content_hash(path), path.stat().st_size, image)
+        return ReadImage(images.paths[index], content_hash(source), images.size_bytes(index), image)
 
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(order), READ_AHEAD):

@@ -20,7 +20,7 @@ import numpy as np
 from ..runtime.artifact import Artifact
 from ..runtime.errors import UserError
 from ..runtime.files import sha256_file
-from ..runtime.images import ImageList, UnreadableBudget, UnreadableImageError, fingerprint, load_image
+from ..runtime.images import ImageList, UnreadableBudget, UnreadableImageError, fingerprint
 from ..runtime.preprocess import Preprocess
 from ..runtime.progress import Bar
 from ..runtime.proportions import wilson_interval
@@ -153,7 +153,7 @@ def write_crops(
 
     def crop(index: int) -> np.ndarray | UnreadableImageError:
         try:
-            return np.rint(plain(load_image(images.path(index))) * 255).astype(np.uint8).transpose(1, 2, 0)
+            return np.rint(plain(images.load(index)) * 255).astype(np.uint8).transpose(1, 2, 0)
         except UnreadableImageError as error:
             return error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class UnreadableImageError(UserError):
         return type(self), (self.path, self.reason)  # so that it comes back whole from a worker process
 
 
-def load_image(path: Path) -> np.ndarray:
+def load_image(source: Path | bytes, name: Path | None = None) -> np.ndarray:
     """Decode an image of any Pillow mode to RGB.
 
     The EXIF orientation is applied; transparency is composited on white; of an animation the first frame is taken.
@@ -54,7 +55,8 @@ def load_image(path: Path) -> np.ndarray:
     as 0..1 where none is above 1, else as 0..255.
 
     Args:
-        path: the file.
+        source: the file, or its content.
+        name: what errors call it; default the file's path.
 
     Returns:
         (H, W, 3) uint8 RGB.
@@ -62,11 +64,12 @@ def load_image(path: Path) -> np.ndarray:
     Raises:
         UnreadableImageError: it is missing, truncated, no image, without pixels, or too large to be decoded safely.
     """
+    path = name or (Path("image in memory") if isinstance(source, bytes) else source)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")  # odd metadata in an image that decodes
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
                 _check_size(image.size)
                 image.load()
                 return _to_rgb(_upright(image))
@@ -75,7 +78,7 @@ def load_image(path: Path) -> np.ndarray:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UnreadableImageError(path, f"it has more than the {MAX_PIXELS} pixels that are decoded") from None
     except Image.UnidentifiedImageError:
-        size = Path(path).stat().st_size
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
         reason = f"its {size} bytes are no image of a known format" if size else "the file is empty"
         raise UnreadableImageError(path, reason) from None
     except OSError as error:

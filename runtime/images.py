@@ -1,16 +1,19 @@
-"""Folders of images: list them, read them, label them by folder, and fingerprint them.
+"""Folders of images or of tar shards: list the images, read them, label them by folder, and fingerprint them.
 
 A folder in the ImageFolder layout (``<class>/<anything>/x.png``, two classes or more) gives labels; any other nesting
-gives the images alone. Hidden files and folders are ignored; links to folders are followed.
+gives the images alone. Hidden files and folders are ignored; links to folders are followed. A folder that holds tar
+shards is the same to all who use the images: only :class:`ImageList` knows where they come from.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,11 @@ import numpy as np
 from .decode import UnreadableImageError, load_image
 from .errors import UserError
 from .files import sha256_file
+from .paths import EXTENSIONS, SPLIT_NAMES, PackedPaths, extension, walk
 from .progress import say
+from .shard_index import INDEX_FILE, read_index, shard_files
+from .shard_scan import index_shards
+from .shards import Shards
 
 __all__ = [
     "ImageList",
@@ -30,8 +37,6 @@ __all__ = [
     "load_image",
 ]
 
-EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm"})
-SPLIT_NAMES = frozenset({"train", "val", "validation", "test"})
 
 FINGERPRINT_FILES = 256
 
@@ -71,100 +76,135 @@ class UnreadableBudget:
 class ImageList:
     """Images below one folder, and their labels where it has the ImageFolder layout.
 
+    What it holds of each image are bytes in arrays: worker processes share it, whatever the number of images.
+
     Attributes:
         root: the folder.
-        paths: POSIX paths relative to ``root``, sorted as :func:`list_images` returns them.
+        paths: POSIX paths relative to ``root`` (of a member: in its shard), as :func:`list_images` orders them.
         labels: (N,) int64 indices into ``classes``, or None.
         classes: names of the class folders, sorted; () without labels. Two folders may hold different classes: match
             them by name, not by index.
+        shards: where the images lie in tar shards, or None where each is a file.
     """
 
     root: Path
-    paths: tuple[str, ...]
+    paths: PackedPaths
     labels: np.ndarray | None
     classes: tuple[str, ...]
+    shards: Shards | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def path(self, index: int) -> Path:
-        """Path of one image."""
-        return self.root / self.paths[index]
+        """Path of one image; of a member of a shard, a name for messages: the shard's path, then the member's."""
+        path = self.paths[index]
+        if self.shards is None:
+            return self.root / path
+        return self.root / self.shards.shard_of(index).file / path.removeprefix(f"{self.shards.shard_of(index).file}/")
+
+    def source(self, index: int) -> Path | bytes:
+        """What one image is decoded from: its file, or its bytes where it lies in a shard.
+
+        Raises:
+            UnreadableImageError: its bytes cannot be had.
+        """
+        path = self.path(index)
+        return path if self.shards is None else self.shards.read(index, path)
+
+    def load(self, index: int) -> np.ndarray:
+        """Decode one image: (H, W, 3) uint8 RGB.
+
+        Raises:
+            UnreadableImageError: it cannot be decoded.
+        """
+        return load_image(self.source(index), self.path(index))
+
+    def size_bytes(self, index: int) -> int:
+        """Size of one image's file, or below 0 where there is none (a dangling link, a refused member)."""
+        return int(self.shards.sizes[index]) if self.shards is not None else _size_bytes(str(self.path(index)))
 
     def take(self, indices: Sequence[int] | np.ndarray) -> ImageList:
         """The images at ``indices``, in that order, with the same classes."""
-        labels = None if self.labels is None else self.labels[np.asarray(indices, dtype=np.int64)]
-        return ImageList(self.root, tuple(self.paths[i] for i in indices), labels, self.classes)
+        chosen = np.asarray(indices, dtype=np.int64)
+        labels = None if self.labels is None else self.labels[chosen]
+        shards = None if self.shards is None else self.shards.take(chosen)
+        return replace(self, paths=self.paths.take(chosen), labels=labels, shards=shards)
 
 
 def list_images(root: Path, limit: int | None = None, seed: int = 0) -> ImageList:
-    """List the images below a folder.
+    """List the images below a folder, sorted by path, or those in the tar shards of a folder, in the shards' order.
 
     Args:
-        root: folder of images, of any nesting.
+        root: folder of images, of any nesting; or of tar shards, with or without an index.
         limit: take a random subset of so many images (all where there are fewer), each class in proportion.
         seed: seed of that subset.
 
     Raises:
-        UserError: no such folder, no image in it, or it holds splits (train, test, …) of which one must be named.
+        UserError: no such folder, no image in it, damaged shards, or it holds splits (train, test, …) of which one must
+            be named.
     """
     root = Path(root)
+    if address := re.match(r"(https?|pipe):", str(root)):
+        raise UserError(
+            f"'{root}' is an address: fetch its shards once with 'midge data fetch {address[0]}… --out FOLDER', "
+            "and give that folder."
+        )
     if not root.exists():
         raise UserError(f"No folder at '{root}': check the path, or fetch a known set with 'midge data fetch'.")
     if not root.is_dir():
         raise UserError(f"'{root}' is a file: give the folder that holds the images.")
     if limit is not None and limit < 1:
         raise UserError(f"Cannot take {limit} images: the limit must be at least 1.")
-    files = list(_walk(root))
-    paths = sorted(path for path in files if _extension(path) in EXTENSIONS)
-    if not paths:
-        raise UserError(_describe_no_images(root, files))
-    folders = {path.partition("/")[0] if "/" in path else "" for path in paths}
-    if {folder.lower() for folder in folders} <= SPLIT_NAMES:
-        raise UserError(
-            f"'{root}' holds the splits {', '.join(sorted(folders))}: name one of them, "
-            f"e.g. '{root / sorted(folders)[-1]}'."
-        )
-    classes, labels = (), None
-    if "" not in folders and len(folders) > 1:
-        classes = tuple(sorted(folders))
-        index = {name: i for i, name in enumerate(classes)}
-        labels = np.array([index[path.partition("/")[0]] for path in paths], dtype=np.int64)
-    images = ImageList(root, tuple(paths), labels, classes)
+    images = _list_shards(root) if (root / INDEX_FILE).is_file() else _list_files(root)
     return images if limit is None or limit >= len(images) else images.take(_subset(images, limit, seed))
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """Relative POSIX paths of the files below ``root``, unsorted."""
-    stack: list[tuple[str, str, frozenset[tuple[int, int]]]] = [(str(root), "", frozenset())]
-    while stack:
-        folder, prefix, ancestors = stack.pop()
-        status = Path(folder).stat()
-        identity = (status.st_dev, status.st_ino)
-        if identity in ancestors:  # a link to a folder that it lies in
-            continue
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    stack.append((entry.path, f"{prefix}{entry.name}/", ancestors | {identity}))
-                # A dangling link is listed, so that it is found unreadable; a pipe is not: reading it would block.
-                elif entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists()):
-                    yield prefix + entry.name
+def _list_shards(root: Path, files: Sequence[str] = ()) -> ImageList:
+    """The images in the shards of a folder: those that its index lists, or those in ``files``, where it has none."""
+    paths, labels, classes, shards = index_shards(root, files) if files else read_index(root)
+    if files:
+        say(f"Indexed {len(paths)} images in the shards of '{root}'.")
+    return ImageList(root, paths, labels, classes, shards)
 
 
-def _extension(path: str) -> str:
-    return os.path.splitext(path)[1].lower()[1:]  # noqa: PTH122 - a Path for each of a million files is slow
+def _list_files(root: Path) -> ImageList:
+    """The images below a folder that are files of their own; where there is none, those in the folder's tars."""
+    folders, others = [], Counter()  # runs of images in the same folder of the first level; other files
+
+    def images() -> Iterator[str]:
+        for path in walk(root):
+            if (kind := extension(path)) not in EXTENSIONS:
+                others[kind] += 1
+                continue
+            folder = path.partition("/")[0] if "/" in path else ""
+            if not folders or folders[-1][0] != folder:
+                folders.append([folder, 0])
+            folders[-1][1] += 1
+            yield path
+
+    paths = PackedPaths.pack(images())
+    if not paths:
+        if tars := shard_files(root):
+            return _list_shards(root, tars)
+        raise UserError(_describe_no_images(root, others))
+    names = sorted({folder for folder, _ in folders})
+    if {name.lower() for name in names} <= SPLIT_NAMES:
+        raise UserError(f"'{root}' holds the splits {', '.join(names)}: name one of them, e.g. '{root / names[-1]}'.")
+    if "" in names or len(names) < 2:
+        return ImageList(root, paths, None, ())
+    index = {name: i for i, name in enumerate(names)}
+    labels = np.repeat([index[folder] for folder, _ in folders], [count for _, count in folders]).astype(np.int64)
+    return ImageList(root, paths, labels, tuple(names))
 
 
-def _describe_no_images(root: Path, files: Sequence[str]) -> str:
-    allowed = f"images end in {', '.join(f'.{extension}' for extension in sorted(EXTENSIONS))}"
-    if not files:
+def _describe_no_images(root: Path, found: Counter[str]) -> str:
+    allowed = f"images end in {', '.join(f'.{kind}' for kind in sorted(EXTENSIONS))}"
+    if not found:
         return f"'{root}' is an empty folder: put images into it ({allowed})."
-    found = Counter(f".{_extension(path)}" if _extension(path) else "no extension" for path in files)
-    listed = ", ".join(f"{count} × {name}" for name, count in found.most_common(3))
-    return f"'{root}' holds {len(files)} files but no image ({listed}{', …' if len(found) > 3 else ''}): {allowed}."
+    listed = ", ".join(f"{n} × {f'.{kind}' if kind else 'no extension'}" for kind, n in found.most_common(3))
+    more = ", …" if len(found) > 3 else ""
+    return f"'{root}' holds {found.total()} files but no image ({listed}{more}): {allowed}."
 
 
 def _subset(images: ImageList, limit: int, seed: int) -> np.ndarray:
@@ -195,13 +235,14 @@ def fingerprint(images: ImageList) -> str:
     digest = hashlib.sha256()
     for name in images.classes:
         digest.update(b"class\0" + os.fsencode(name) + b"\0")
-    labels = [-1] * len(images) if images.labels is None else images.labels.tolist()
+    labels = itertools.repeat(-1, len(images)) if images.labels is None else images.labels.tolist()
     root = str(images.root)
-    for path, label in zip(images.paths, labels, strict=True):
-        digest.update(b"%s\0%d\0%d\0" % (os.fsencode(path), label, _size_bytes(f"{root}/{path}")))
+    for index, (path, label) in enumerate(zip(images.paths, labels, strict=True)):
+        size = _size_bytes(f"{root}/{path}") if images.shards is None else images.shards.sizes[index]
+        digest.update(b"%s\0%d\0%d\0" % (os.fsencode(path), label, size))
     for index in np.unique(np.linspace(0, len(images) - 1, FINGERPRINT_FILES).astype(np.int64)) if len(images) else ():
-        if _size_bytes(f"{root}/{images.paths[index]}") >= 0:
-            digest.update(bytes.fromhex(content_hash(images.path(index))))
+        if images.size_bytes(index) >= 0:
+            digest.update(bytes.fromhex(content_hash(images.source(index))))
     return digest.hexdigest()
 
 
@@ -213,6 +254,6 @@ def _size_bytes(path: str) -> int:
         return -1
 
 
-def content_hash(path: Path) -> str:
+def content_hash(source: Path | bytes) -> str:
     """SHA-256 of an image file's bytes, as 64 hexadecimal digits."""
-    return sha256_file(path)
+    return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else sha256_file(source)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -48,18 +48,19 @@ def check(config: CheckConfig) -> int:
     """Check all images of a folder.
 
     Returns:
-        1 where some are unreadable, else 0.
+        1 where some are unreadable, or a shard is not what its index says, else 0.
 
     Raises:
         UserError: there is no folder, or no image in it.
     """
     images = list_images(config.data)
     report = summarize(images, check_images(images))
+    report["changed_shards"] = [] if images.shards is None else images.shards.changed()
     if config.json:
         print(json.dumps(report))
     else:
         print_report(report)
-    return 1 if report["unreadable"] else 0
+    return 1 if report["unreadable"] or report["changed_shards"] else 0
 
 
 def check_images(images: ImageList) -> Iterator[Checked]:
@@ -67,18 +68,19 @@ def check_images(images: ImageList) -> Iterator[Checked]:
     with ThreadPoolExecutor(os.cpu_count()) as pool, Bar("Reading images", len(images)) as bar:
         for first in range(0, len(images), IMAGES_PER_BLOCK):
             block = range(first, min(first + IMAGES_PER_BLOCK, len(images)))
-            for checked in pool.map(lambda index: check_image(images.path(index)), block):
+            for checked in pool.map(lambda index: check_image(images, index), block):
                 bar.advance()
                 yield checked
 
 
-def check_image(path: Path) -> Checked:
+def check_image(images: ImageList, index: int) -> Checked:
     """Decode one image as training would."""
     try:
-        height, width, _ = load_image(path).shape
-        with Image.open(path, formats=FORMATS) as header:
+        source = images.source(index)
+        height, width, _ = load_image(source, images.path(index)).shape
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as header:
             mode = header.mode
-        return Checked(mode, height, width, content_hash(path))
+        return Checked(mode, height, width, content_hash(source))
     except UnreadableImageError as error:
         return Checked(reason=error.reason)
 
@@ -132,6 +134,8 @@ def print_report(report: dict[str, Any]) -> None:
         table.add_row(title, ", ".join(listed + more) or "no labels (not in ImageFolder layout)")
     table.add_row("duplicates", _listing([f"{d['path']} = {d['same_as']}" for d in report["duplicates"]]) or "none")
     table.add_row("unreadable", _listing([f"{u['path']}: {u['reason']}" for u in report["unreadable"]]) or "none")
+    if report["changed_shards"]:
+        table.add_row("changed shards", _listing(report["changed_shards"]))
     console = Console(highlight=False)
     console.print(
         f"{report['readable']} of {report['images']} images in '{report['data']}' are readable.", markup=False

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..runtime.errors import UserError
-from ..runtime.images import ImageList, UnreadableImageError, load_image
+from ..runtime.images import ImageList, UnreadableImageError
 from .crops import crop_view
 from .sampling import ViewParameters, ViewSampler, epoch_order
 from .views import ViewPolicy
@@ -145,7 +145,7 @@ class ViewDataset(Dataset[ViewBatch]):
             if candidate in self._unreadable:
                 continue
             try:
-                return load_image(self.images.path(candidate))
+                return self.images.load(candidate)
             except UnreadableImageError as error:
                 self._unreadable[candidate] = error
                 unreadable.append(error)

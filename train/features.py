@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..runtime.errors import UserError, unknown_name
-from ..runtime.images import ImageList, UnreadableBudget, UnreadableImageError, load_image
+from ..runtime.images import ImageList, UnreadableBudget, UnreadableImageError
 from ..runtime.preprocess import Preprocess
 from ..runtime.progress import Bar
 
@@ -64,7 +64,7 @@ def image_batches(
         kept, pixels, errors = [], [], []
         for index in indices:
             try:
-                pixels.append(preprocess(load_image(images.path(index))))
+                pixels.append(preprocess(images.load(index)))
                 kept.append(index)
             except UnreadableImageError as error:
                 errors.append(error)

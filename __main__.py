@@ -38,6 +38,7 @@ COMMANDS = {
     "run": Command("the whole path in one command, by recipe", "pipeline:RunConfig", "pipeline:run"),
     "data fetch": Command("fetch a known image set", "train.data_config:FetchConfig", "train.fetch:fetch"),
     "data check": Command("find unreadable images", "train.data_config:CheckConfig", "train.data_check:check"),
+    "data pack": Command("a folder of images -> tar shards", "train.data_config:PackConfig", "train.pack:pack"),
     "recipes": Command(
         "known good settings, explained", "train.recipes_table:RecipesConfig", "train.recipes_table:recipes"
     ),

@@ -149,8 +149,8 @@ def count_accuracy(
 
 def measure_all(cells: Sequence[Cell], images: ImageList | None, children: Children, config: ProfileConfig) -> None:
     """Run the rounds of all cells, with real images as input where there are some."""
-    sample = pick_images(images, config.seed)
     with tempfile.TemporaryDirectory(prefix="midge-") as folder:
+        sample = pick_images(images, config.seed, Path(folder))
         inputs: dict[str, Path] = {}
         for cell in cells:
             if cell.manifest_sha256 not in inputs:

@@ -61,17 +61,28 @@ class Cell:
         return f"{self.variant} of {self.artifact.name} ({threads_text({'threads': self.threads})})"
 
 
-def pick_images(images: ImageList | None, seed: int) -> list[Path]:
-    """Up to 16 readable images, drawn at random, as input of the latency."""
+def pick_images(images: ImageList | None, seed: int, folder: Path) -> list[Path]:
+    """Up to 16 readable images, drawn at random, as input of the latency.
+
+    Args:
+        images: to draw from.
+        seed: of the draw.
+        folder: where images that lie in shards are put as files, for the child processes read files.
+    """
     if images is None:
         return []
     found: list[Path] = []
     for index in np.random.default_rng(seed).permutation(len(images))[: 4 * INPUTS]:
+        path = images.path(index)
         try:
-            load_image(images.path(index))
+            source = images.source(index)
+            load_image(source, path)
         except UnreadableImageError:
             continue
-        found.append(images.path(index).resolve())
+        if isinstance(source, bytes):
+            path = folder / f"{len(found)}{path.suffix}"
+            path.write_bytes(source)
+        found.append(path.resolve())
         if len(found) == INPUTS:
             break
     return found

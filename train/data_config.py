@@ -1,4 +1,4 @@
-"""The configurations of ``midge data fetch`` and ``midge data check`` (no torch)."""
+"""The configurations of ``midge data fetch``, ``check`` and ``pack`` (no torch)."""
 
 from __future__ import annotations
 
@@ -29,6 +29,23 @@ class CheckConfig:
 
     data: Positional[Path]
     """Folder of images, of any nesting."""
+
+    json: bool = False
+    """Print one JSON document instead of text."""
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """Pack a folder of images into tar shards in the WebDataset format, which every command takes in its place."""
+
+    data: Positional[Path]
+    """Folder of images, of any nesting, or of tar shards."""
+
+    out: Path
+    """Folder to write: shard-000000.tar, …, and their index."""
+
+    shard_mib: int = 256
+    """Size at which a shard is closed, MiB."""
 
     json: bool = False
     """Print one JSON document instead of text."""

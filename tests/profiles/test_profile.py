@@ -24,6 +24,8 @@ from midge.profiles.rounds import INPUTS, Cell, find_faults, pick_images, write_
 from midge.runtime.artifact import load_artifact
 from midge.runtime.errors import UserError
 from midge.runtime.images import list_images, load_image
+from midge.train.data_config import PackConfig
+from midge.train.pack import pack
 
 Json = dict[str, Any]
 
@@ -262,15 +264,25 @@ def test_the_input_are_readable_images_drawn_by_the_seed(
     tiny_artifact: Path, colour_images: Path, tmp_path: Path
 ) -> None:
     images = list_images(colour_images)
-    picked = pick_images(images, 0)
-    assert len(set(picked)) == INPUTS and picked == pick_images(images, 0) != pick_images(images, 1)
+    picked = pick_images(images, 0, tmp_path)
+    assert len(set(picked)) == INPUTS and picked == pick_images(images, 0, tmp_path) != pick_images(images, 1, tmp_path)
     artifact = load_artifact(tiny_artifact)
     write_inputs(tmp_path / "x.npy", artifact, picked)
     stored = np.load(tmp_path / "x.npy")
     np.testing.assert_array_equal(stored[3], artifact.preprocess(load_image(picked[3])))
     write_inputs(tmp_path / "y.npy", artifact, [])
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), np.load(artifact.golden)["inputs"][:INPUTS])
-    assert pick_images(None, 0) == []
+    assert pick_images(None, 0, tmp_path) == []
+
+
+def test_images_in_shards_give_the_same_input(tiny_artifact: Path, colour_images: Path, tmp_path: Path) -> None:
+    assert pack(PackConfig(colour_images, tmp_path / "packed")) == 0
+    artifact = load_artifact(tiny_artifact)
+    for name, folder in (("files", colour_images), ("shards", tmp_path / "packed")):
+        (tmp_path / name).mkdir()
+        write_inputs(tmp_path / f"{name}.npy", artifact, pick_images(list_images(folder), 0, tmp_path / name))
+    np.testing.assert_array_equal(np.load(tmp_path / "files.npy"), np.load(tmp_path / "shards.npy"))
+    assert len(list((tmp_path / "shards").iterdir())) == INPUTS
 
 
 def cell_with(tiny_artifact: Path, parity: Json, sensors: list[Json], variant: str = "onnx-fp32") -> Cell:

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, require
+from .errors import UserError, require, unknown_name
 from .files import atomic_file
 from .progress import say
 from .shard_index import INDEX_FILE
@@ -53,6 +53,8 @@ def save_stream(url: str, path: Path, expected: Shard | None = None) -> None:
         UserError: the stream cannot be had, ends early, falls silent, or holds other bytes than expected.
     """
     webdataset = require("webdataset", "hub")
+    if (kind := url.partition(":")[0]) not in (kinds := {*webdataset.gopen_schemes} - {"__default__"}):
+        raise unknown_name("kind of address", kind, kinds)
     most = None if expected is None else expected.size_bytes
     digest, size = hashlib.sha256(), 0
     stream = None
@@ -72,7 +74,7 @@ def save_stream(url: str, path: Path, expected: Shard | None = None) -> None:
                 raise UserError(f"The download of '{url}' is not the shard that was indexed: index it again.")
     except FileNotFoundError as error:
         raise UserError(f"The download of '{url}' needs the program '{error.filename}': install it.") from None
-    except (ValueError, TimeoutError) as error:
+    except TimeoutError as error:
         raise UserError(f"The download of '{url}' failed ({error}): check the address and try again.") from None
     finally:
         if stream is not None:

@@ -1,7 +1,13 @@
-"""Real images for the tests of the whole path: a part of Fashion-MNIST, fetched as a user would."""
+"""Real images for the tests of the whole path: a part of Fashion-MNIST, fetched as a user would; and a server."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import http.server
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -30,3 +36,41 @@ def small_fashion(fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
             for path in sorted(source.iterdir())[: number // 10]:
                 (target / path.name).hardlink_to(path)
     return folder
+
+
+@dataclass
+class Served:
+    """A folder behind a real HTTP server on this machine.
+
+    Attributes:
+        address: of the folder, with a slash at its end.
+        requests: paths that were asked for, in order, from whatever process.
+    """
+
+    address: str
+    requests: list[str]
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Path], Served]]:
+    """Serve folders until the test ends: ``serve(folder)``."""
+    with contextlib.ExitStack() as stack:
+
+        def start(folder: Path) -> Served:
+            requests: list[str] = []
+
+            class Handler(http.server.SimpleHTTPRequestHandler):
+                def do_GET(self) -> None:
+                    requests.append(self.path)
+                    super().do_GET()
+
+                def log_message(self, format: str, *args: object) -> None:
+                    pass
+
+            handler = functools.partial(Handler, directory=str(folder))
+            server = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            stack.callback(server.shutdown)
+            return Served(f"http://127.0.0.1:{server.server_address[1]}/", requests)
+
+        yield start

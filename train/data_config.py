@@ -11,13 +11,14 @@ from tyro.conf import Positional, arg
 
 @dataclass(frozen=True)
 class FetchConfig:
-    """Fetch a known image set as a folder of images, one folder per split and class."""
+    """Fetch a known image set, one folder per split, or tar shards from an address."""
 
     name: Annotated[Positional[str], arg(metavar="NAME")]
-    """The image set: fashion-mnist."""
+    """The image set: fashion-mnist, cifar10, imagenet-1k (of the Hugging Face hub, for those who have access), or the
+    address of tar shards, e.g. 'http://host/train-{000000..000146}.tar' or 'pipe:ssh host cat train-{0..9}.tar'."""
 
     out: Path | None = None
-    """Folder to write; default data/<name>."""
+    """Folder to write; default data/<name>, none for an address."""
 
     json: bool = False
     """Print one JSON document instead of text."""

@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from midge.runtime.errors import UserError
-from midge.train import fetch as fetching
 from midge.train.data_config import FetchConfig
-from midge.train.fetch import DATASETS, Dataset, IdxFile, fetch, read_idx, write_splits
+from midge.train.fashion_mnist import FASHION_MNIST as FASHION
+from midge.train.fashion_mnist import IdxDataset, IdxFile, read_idx
+from midge.train.fetch import DATASETS, fetch, write_splits
 
-FASHION = DATASETS["fashion-mnist"]
 debian = pytest.mark.skipif(not FASHION.debian_folder.is_dir(), reason=f"{FASHION.debian_package} is not installed")
 
 
@@ -37,7 +37,7 @@ def write_idx(path: Path, array: np.ndarray, compress_level: int = 9) -> IdxFile
 
 
 @pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> IdxDataset:
     """An image set of 30 + 10 images with real IDX files, known as ``small``."""
     folder = tmp_path / "package"
     folder.mkdir()
@@ -54,7 +54,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
 
 @debian
 def test_debian_files_have_the_known_content():
-    arrays = fetching.read_splits(FASHION, FASHION.debian_folder)
+    arrays = FASHION.read_folder(FASHION.debian_folder)
     assert FASHION.counts == {"train": 60_000, "test": 10_000}
     for split, count in FASHION.counts.items():
         images, labels = arrays[split]
@@ -66,7 +66,7 @@ def test_debian_files_have_the_known_content():
 
 @debian
 def test_written_images_are_lossless_and_named_by_their_index(tmp_path: Path):
-    images, labels = fetching.read_splits(FASHION, FASHION.debian_folder)["test"]
+    images, labels = FASHION.read_folder(FASHION.debian_folder)["test"]
     # more than a block, so that several processes write
     write_splits(tmp_path, {"test": (images[:1500], labels[:1500])}, FASHION.classes)
     paths = sorted(tmp_path.rglob("*.png"), key=lambda path: path.name)
@@ -78,7 +78,7 @@ def test_written_images_are_lossless_and_named_by_their_index(tmp_path: Path):
             np.testing.assert_array_equal(np.asarray(image), expected)
 
 
-def test_fetch_writes_once_and_says_so(small: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_fetch_writes_once_and_says_so(small: IdxDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "out"
     assert fetch(FetchConfig("small", out, json=True)) == 0
     first = json.loads(capsys.readouterr().out)
@@ -87,7 +87,7 @@ def test_fetch_writes_once_and_says_so(small: Dataset, tmp_path: Path, capsys: p
     assert sorted(path.name for path in out.iterdir()) == ["SOURCE.json", "test", "train"]
     source = json.loads((out / "SOURCE.json").read_text())
     assert source["licence"] == "MIT"
-    assert source["sha256"] == fetching.checksums(small)
+    assert source["sha256"] == small.sha256
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 
     assert fetch(FetchConfig("small", out)) == 0
@@ -99,7 +99,7 @@ def test_fetch_writes_once_and_says_so(small: Dataset, tmp_path: Path, capsys: p
         fetch(FetchConfig("small", out))
 
 
-def test_foreign_folder_is_refused_and_left_alone(small: Dataset, tmp_path: Path):
+def test_foreign_folder_is_refused_and_left_alone(small: IdxDataset, tmp_path: Path):
     out = tmp_path / "photos"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
@@ -156,7 +156,7 @@ def test_decompression_bomb_is_not_unpacked(tmp_path: Path):
         tracemalloc.stop()
 
 
-def test_failed_fetch_leaves_nothing(small: Dataset, tmp_path: Path):
+def test_failed_fetch_leaves_nothing(small: IdxDataset, tmp_path: Path):
     (small.debian_folder / "test-labels.gz").write_bytes(b"")
     with pytest.raises(UserError):
         fetch(FetchConfig("small", tmp_path / "new" / "out"))
@@ -164,7 +164,7 @@ def test_failed_fetch_leaves_nothing(small: Dataset, tmp_path: Path):
 
 
 def test_download_without_a_network_names_both_ways(
-    small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small: IdxDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     datasets = pytest.importorskip("torchvision.datasets")
     monkeypatch.setattr(datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])  # nothing listens there
@@ -177,7 +177,7 @@ def test_download_without_a_network_names_both_ways(
     assert capsys.readouterr().out == ""
 
 
-def test_download_gives_the_same_files(small: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_download_gives_the_same_files(small: IdxDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """torchvision's own downloader, from a server on this machine."""
     datasets = pytest.importorskip("torchvision.datasets")
     handler = functools.partial(QuietHandler, directory=str(small.debian_folder))

@@ -148,7 +148,7 @@ class EvaluationImages:
         self._hashes: dict[int, frozenset[str]] = {}
         for index in range(self._number):
             assert images is not None
-            self._by_size.setdefault(images.size_bytes(index), []).append(index)
+            self._by_size.setdefault(images.size_bytes(index), []).append(index)  # below 0: never asked for
 
     def __len__(self) -> int:
         return self._number

@@ -17,7 +17,7 @@ import numpy as np
 from .decode import UnreadableImageError
 from .errors import UserError
 from .files import sha256_file
-from .tar_scan import BLOCK_BYTES, REFUSED, header_mismatch
+from .tar_scan import BLOCK_BYTES, CUT_OFF, REFUSED, header_mismatch
 
 MAX_IMAGE_BYTES = 512 << 20
 
@@ -95,7 +95,7 @@ class Shards:
         except UserError as error:  # the download
             raise UnreadableImageError(path, str(error).rstrip(".")) from None
         if len(block) < BLOCK_BYTES + size:
-            raise UnreadableImageError(path, "its shard is cut off")
+            raise UnreadableImageError(path, REFUSED[CUT_OFF])
         if header_mismatch(block[:BLOCK_BYTES], str(path), size):
             raise UnreadableImageError(path, "its shard has changed since it was indexed")
         return block[BLOCK_BYTES:]

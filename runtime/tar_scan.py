@@ -18,8 +18,12 @@ BLOCK_BYTES = tarfile.BLOCKSIZE
 MAX_HEADER_BYTES = 1 << 16  # of all headers of one member; a path takes far less
 PLAIN_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 
-LEAVES_FOLDER, NOT_A_FILE = -1, -2
-REFUSED = {LEAVES_FOLDER: "its path leads out of the shard's folder", NOT_A_FILE: "it is a link or no plain file"}
+LEAVES_FOLDER, NOT_A_FILE, CUT_OFF = -1, -2, -3
+REFUSED = {
+    LEAVES_FOLDER: "its path leads out of the shard's folder",
+    NOT_A_FILE: "it is a link or no plain file",
+    CUT_OFF: "its shard is cut off",
+}
 """Members that are not read, and why; the keys stand in the place of their size."""
 
 
@@ -29,7 +33,7 @@ class Member(NamedTuple):
     Attributes:
         name: its path, without control characters and without a leading ``./``.
         offset: where its content begins, bytes from the start of the tar.
-        size: of its content, bytes, or a key of :data:`REFUSED`. The content may end behind the end of a cut tar.
+        size: of its content, bytes, or a key of :data:`REFUSED`.
     """
 
     name: str
@@ -98,6 +102,8 @@ def scan_tar(path: Path) -> Scan:
                 if not info.isdir():
                     members.append(_member(info))
                 if position > size:
+                    if members and members[-1].offset + members[-1].size > size:
+                        members[-1] = members[-1]._replace(size=CUT_OFF)
                     return Scan(members, whole=False)
         except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
             if position == 0 or not reader.ended:

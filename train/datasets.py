@@ -173,6 +173,8 @@ def load_batches(
 ) -> Iterator[ViewBatch]:
     """The batches of steps ``first_step`` to ``end_step - 1``, portion by portion, read ahead by worker processes.
 
+    The processes live until the last step: to the loader, all epochs are one.
+
     Args:
         dataset: the batches by step.
         first_step: where to start.

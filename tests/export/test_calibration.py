@@ -12,6 +12,8 @@ from midge.export.calibration import MAX_GOLDEN, draw_samples, find_images, read
 from midge.runtime.errors import UserError
 from midge.runtime.images import content_hash, list_images, load_image
 from midge.runtime.preprocess import Preprocess
+from midge.train.data_config import PackConfig
+from midge.train.pack import pack
 
 PREPROCESS = Preprocess(24, 24)
 
@@ -50,6 +52,16 @@ def test_samples_are_what_the_device_computes(images: Path) -> None:
         assert content_hash(file) == sha256
         np.testing.assert_array_equal(image, PREPROCESS(load_image(file)))
     assert samples.calibration.inputs.dtype == np.float32
+
+
+def test_shards_give_the_samples_of_the_folder(images: Path, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        assert pack(PackConfig(images / split, tmp_path / split)) == 0
+    expected = draw_samples(images / "train", images / "test", PREPROCESS, 20, seed=0, workers=2)
+    found = draw_samples(tmp_path / "train", tmp_path / "test", PREPROCESS, 20, seed=0, workers=2)
+    assert found.calibration.to_json() == expected.calibration.to_json()
+    np.testing.assert_array_equal(found.golden.inputs, expected.golden.inputs)
+    assert (found.excluded, found.evaluation_images) == (expected.excluded, expected.evaluation_images)
 
 
 def test_the_seed_decides_and_the_workers_do_not(images: Path) -> None:

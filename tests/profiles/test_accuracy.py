@@ -13,6 +13,8 @@ from midge.runtime.artifact import load_artifact
 from midge.runtime.backend import open_backend
 from midge.runtime.errors import UserError
 from midge.runtime.images import fingerprint, list_images, load_image
+from midge.train.data_config import PackConfig
+from midge.train.pack import pack
 
 VARIANTS = ("onnx-fp32", "onnx-int8-u8")
 
@@ -44,6 +46,18 @@ def test_portions_change_nothing(tiny_artifact: Path, colour_images: Path, monke
         portions = predict_all(artifact, VARIANTS[:1], images, children, 0.0)
     np.testing.assert_array_equal(whole.classes["onnx-fp32"], portions.classes["onnx-fp32"])
     np.testing.assert_array_equal(whole.labels, portions.labels)
+
+
+def test_shards_give_the_classes_of_the_folder(tiny_artifact: Path, colour_images: Path, tmp_path: Path) -> None:
+    assert pack(PackConfig(colour_images, tmp_path / "packed")) == 0
+    with Children() as children:
+        folder, shards = (
+            predict_all(load_artifact(tiny_artifact), VARIANTS[:1], list_images(path), children, 0.0)
+            for path in (colour_images, tmp_path / "packed")
+        )
+    np.testing.assert_array_equal(folder.classes["onnx-fp32"], shards.classes["onnx-fp32"])
+    np.testing.assert_array_equal(folder.labels, shards.labels)
+    assert folder.data_fingerprint == shards.data_fingerprint
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from midge.runtime.errors import UserError
-from midge.runtime.tar_scan import LEAVES_FOLDER, NOT_A_FILE, Member, clean_name, header_mismatch, scan_tar
+from midge.runtime.tar_scan import CUT_OFF, LEAVES_FOLDER, NOT_A_FILE, Member, clean_name, header_mismatch, scan_tar
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/\\", categories=["L", "N", "P"]), min_size=1)
@@ -71,7 +71,8 @@ def test_of_a_cut_tar_all_is_listed_whose_header_is_left(
     except UserError as error:  # cut within the first header
         assert "no uncompressed tar" in str(error) and cut < whole.members[0].offset
         return
-    assert scan.members == [member for member in whole.members if member.offset <= cut]
+    listed = [member for member in whole.members if member.offset <= cut]
+    assert scan.members == [m._replace(size=CUT_OFF) if m.offset + m.size > cut else m for m in listed]
     end = max(member.offset + -(-member.size // 512) * 512 for member in whole.members)
     assert scan.whole == (cut >= end + 512)
 
@@ -106,7 +107,7 @@ def check_scan_of(file: Path, content: bytes) -> None:
         return
     for member in scan.members:
         assert 512 <= member.offset <= len(content)
-        assert member.size >= NOT_A_FILE
+        assert member.size >= CUT_OFF and member.offset + member.size <= len(content)
         assert member.name == clean_name(member.name)
         if member.size >= 0:
             assert not member.name.startswith("/") and ".." not in member.name.split("/")
@@ -165,8 +166,12 @@ def test_an_extended_header_of_gigabytes_is_not_read(file: Path, kind: bytes) ->
 def test_a_huge_member_is_listed_with_its_size(file: Path) -> None:
     info = tarfile.TarInfo("huge.png")
     info.size = 20 << 30
-    file.write_bytes(info.tobuf(tarfile.GNU_FORMAT))
+    with file.open("wb") as out:
+        out.write(info.tobuf(tarfile.GNU_FORMAT))
+        assert out.flush() is None and scan_tar(file) == ([Member("huge.png", 512, CUT_OFF)], False)
+        out.truncate(512 + info.size)  # a hole: it takes no space
     assert scan_tar(file) == ([Member("huge.png", 512, 20 << 30)], False)
+    file.unlink()
 
 
 def test_a_compressed_tar_is_named(file: Path) -> None:

@@ -29,7 +29,7 @@ class CheckConfig:
     """Read every image of a folder; exit code 1 where some cannot be read."""
 
     data: Positional[Path]
-    """Folder of images, of any nesting."""
+    """Folder of images, of any nesting, or of tar shards."""
 
     json: bool = False
     """Print one JSON document instead of text."""

@@ -25,8 +25,8 @@ def is_address(name: str) -> bool:
 def fetch_shards(address: str, out: Path) -> tuple[dict[str, int], bool]:
     """Fetch shards into a folder that is renamed to ``out`` once all are there.
 
-    What an interrupted fetch leaves is gone on from. The index names the addresses that can be opened without running
-    a command, so that the index alone is enough on another machine: shards are then downloaded when they are needed.
+    What an interrupted fetch leaves is gone on from. The index names http addresses that hold no password or key,
+    so that the index alone is enough on another machine: shards are then downloaded when they are needed.
 
     Args:
         address: ``http://…``, ``pipe:COMMAND`` or what else webdataset opens, with braces for many shards:
@@ -52,7 +52,7 @@ def fetch_shards(address: str, out: Path) -> tuple[dict[str, int], bool]:
             if not (partial / file).exists():
                 save_stream(url, partial / file)
             bar.advance(note=file)
-    again = {file: url for file, url in urls.items() if ADDRESS.fullmatch(url)}
+    again = {file: url for file, url in urls.items() if ADDRESS.fullmatch(url) and not has_secret(url)}
     index = index_shards(partial, list(urls), with_sha256=True, urls=again)
     (partial / ADDRESS_FILE).unlink()
     if out.exists():
@@ -76,6 +76,12 @@ def name_shards(urls: list[str]) -> dict[str, str]:
             raise UserError(f"The addresses '{named[file]}' and '{url}' end in the same name: fetch them apart.")
         named[file] = url
     return named
+
+
+def has_secret(url: str) -> bool:
+    """Whether an address may hold a password or a key, which must not be kept in a file."""
+    parts = urlsplit(url)
+    return "@" in parts.netloc or bool(parts.query)
 
 
 def _address_of(folder: Path) -> str | None:

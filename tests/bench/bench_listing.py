@@ -21,7 +21,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=100_000)
-    given = parser.parse_args()
+    given, _ = parser.parse_known_args()  # make bench gives all benchmarks the same flags
     with tempfile.TemporaryDirectory() as folder:
         for first in range(0, given.files, 1000):
             label = Path(folder) / f"n{first:08}"

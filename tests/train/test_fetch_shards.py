@@ -22,7 +22,7 @@ from midge.runtime.images import UnreadableImageError, fingerprint, list_images
 from midge.runtime.shard_index import INDEX_FILE
 from midge.train.data_config import FetchConfig, PackConfig
 from midge.train.fetch import fetch
-from midge.train.fetch_shards import is_address, name_shards
+from midge.train.fetch_shards import has_secret, is_address, name_shards
 from midge.train.pack import pack
 from midge.train.sampling import epoch_order
 
@@ -31,8 +31,8 @@ pytest.importorskip("webdataset")
 
 @pytest.fixture
 def packed(labelled_folder: Callable[..., Path], tmp_path: Path) -> Path:
-    """Four shards of 603 images in a folder that can be served; their index is not among them."""
-    folder = labelled_folder(each=201, px=40)
+    """Four shards of 600 images in a folder that can be served; their index is not among them."""
+    folder = labelled_folder(each=200, px=40)
     assert pack(PackConfig(folder, tmp_path / "packed", shard_mib=1)) == 0
     (tmp_path / "packed" / INDEX_FILE).rename(tmp_path / "index")
     return tmp_path / "packed"
@@ -60,29 +60,32 @@ def test_fetched_shards_are_those_of_the_server(fetched, packed: Path, tmp_path:
 RANK = """
 import json, sys
 from pathlib import Path
-import torch
-from torch.utils.data import DataLoader, Dataset
 from midge.runtime.images import content_hash, list_images
-from midge.train.sampling import epoch_order
+from midge.train.datasets import Share, ViewDataset, load_batches
+from midge.train.sampling import ViewSampler
+from midge.train.views import AUGMENTATIONS, blur_range_px, view_policy
 
-class Steps(Dataset):
-    def __init__(self, images, rank, ranks, batch):
-        self.images, self.rank, self.ranks, self.batch = images, rank, ranks, batch
+class Recorded(ViewDataset):
     def __getitem__(self, step):
-        epoch, place = divmod(step, len(self.images) // self.batch)
-        order = epoch_order(5, epoch, len(self.images))
-        mine = order[place * self.batch : (place + 1) * self.batch][self.rank :: self.ranks]
-        return [(int(i), self.images.load(int(i)).shape[0], content_hash(self.images.source(int(i)))) for i in mine]
+        self.read = []
+        super().__getitem__(step)
+        return self.read
+
+    def _read(self, index, unreadable):
+        image = super()._read(index, unreadable)
+        self.read.append((index, image.shape[0], content_hash(self.images.source(index)), len(unreadable)))
+        return image
 
 if __name__ == "__main__":
     root, rank, first, end = Path(sys.argv[1]), *map(int, sys.argv[2:])
-    images = list_images(root)
-    loader = DataLoader(Steps(images, rank, 2, 9), batch_size=None, sampler=range(first, end), num_workers=2)
-    print(json.dumps(list(loader)))
+    policy = view_policy("lowcompute", "cnn", 32)
+    sampler = ViewSampler(policy, AUGMENTATIONS["dino"], blur_range_px(32), 5)
+    data = Recorded(list_images(root), policy, sampler, 20, 5, Share(rank, 2))
+    print(json.dumps(list(load_batches(data, first, end, workers=2, pin_memory=False))))
 """
 
 
-def read_by_ranks(folder: Path, first: int, end: int, script: Path) -> list[list[tuple[int, int, str]]]:
+def read_by_ranks(folder: Path, first: int, end: int, script: Path) -> list[list[tuple[int, int, str, int]]]:
     """What two processes of two workers each read, by step."""
     script.write_text(RANK)
     ranks = [
@@ -104,14 +107,14 @@ def test_ranks_and_workers_read_each_image_once_per_epoch_and_download_each_shar
     server.requests.clear()
     files = list_images(tmp_path / "train")
     hashes = [hashlib.sha256((files.root / path).read_bytes()).hexdigest() for path in files.paths]
-    expected = [(index, 40, sha256) for index, sha256 in enumerate(hashes)]
-    steps = read_by_ranks(out, 0, 107, tmp_path / "rank.py")  # 67 batches of 9 are an epoch of 603 images
-    steps += read_by_ranks(out, 107, 134, tmp_path / "rank.py")  # resumed in the second one
+    expected = [(index, 40, sha256, 0) for index, sha256 in enumerate(hashes)]
+    steps = read_by_ranks(out, 0, 47, tmp_path / "rank.py")  # 30 batches of 20 are an epoch of 600 images
+    steps += read_by_ranks(out, 47, 60, tmp_path / "rank.py")  # resumed in the second one
     for epoch in range(2):
-        assert sorted(read for step in steps[67 * epoch : 67 * (epoch + 1)] for read in step) == expected
-    for step in (0, 66, 67, 106, 107, 133):  # the split over ranks is of each batch
-        order = epoch_order(5, step // 67, 603)[step % 67 * 9 : step % 67 * 9 + 9]
-        assert [index for index, _, _ in steps[step]] == [*order[0::2], *order[1::2]]
+        assert sorted(read for step in steps[30 * epoch : 30 * (epoch + 1)] for read in step) == expected
+    for step in (0, 29, 30, 46, 47, 59):
+        order = epoch_order(5, step // 30, 600)[step % 30 * 20 : step % 30 * 20 + 20]
+        assert [read[0] for read in steps[step]] == order.tolist()
     assert Counter(server.requests) == {f"/shard-00000{i}.tar": 1 for i in range(4)}
 
 
@@ -193,7 +196,7 @@ def test_an_interrupted_fetch_goes_on_where_it_was(packed: Path, serve, tmp_path
     (tmp_path / "kept").rename(missing)
     assert fetch(FetchConfig(address, tmp_path / "out")) == 0
     assert Counter(server.requests) == {f"/shard-00000{i}.tar": 1 + (i == 2) for i in range(4)}
-    assert len(list_images(tmp_path / "out")) == 603
+    assert len(list_images(tmp_path / "out")) == 600
 
 
 def test_a_command_is_not_kept_in_the_index(packed: Path, tmp_path: Path) -> None:
@@ -225,6 +228,13 @@ def test_names_of_shards(urls: list[str], message: str) -> None:
         return
     with pytest.raises(UserError, match=message):
         name_shards(urls)
+
+
+def test_an_address_with_a_key_is_not_kept_in_the_index(packed: Path, serve, tmp_path: Path) -> None:
+    address = serve(packed).address + "shard-000000.tar?key=secret"
+    assert fetch(FetchConfig(address, tmp_path / "out")) == 0
+    assert "secret" not in (tmp_path / "out" / INDEX_FILE).read_text()
+    assert has_secret("http://me:secret@host/x.tar") and not has_secret("http://host/x.tar")
 
 
 def test_addresses(tmp_path: Path) -> None:

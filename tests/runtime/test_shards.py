@@ -220,7 +220,7 @@ def test_an_index_of_a_later_schema(shards: Path) -> None:
         lambda lines: lines[1].update(file="../x-000.tar"),
         lambda lines: lines[1].update(file="/etc/x.tar"),
         lambda lines: lines[1].update(file="x-001.tar"),
-        lambda lines: lines[1].update(url="pipe:touch /tmp/x"),
+        lambda lines: lines[1].update(url="pipe:touch x"),
         lambda lines: lines[1].update(url="file:///etc/passwd"),
         lambda lines: lines[1].update(sha256="0"),
         lambda lines: lines[1]["offsets"].__setitem__(0, -512),

@@ -18,7 +18,7 @@ from midge.runtime.errors import UserError
 from midge.runtime.images import list_images
 from midge.runtime.shard_index import INDEX_FILE
 from midge.train.data_config import PackConfig
-from midge.train.datasets import load_batches
+from midge.train.datasets import Share, load_batches
 from midge.train.pack import pack
 from midge.train.recipes import quickstart
 from midge.train.trainer import pretrain
@@ -111,6 +111,8 @@ def test_a_shard_that_is_cut_is_trained_on_as_far_as_it_goes(image_folder, packe
 
 
 class Pids(Dataset):
+    share = Share()
+
     def __getitem__(self, step):
         return os.getpid()
 

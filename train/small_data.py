@@ -35,12 +35,12 @@ FEW_STEPS = 10_000
 FEW_IMAGES = 100_000
 SMALL_DATA_TEMPERATURE = 0.1
 
-DURATIONS = (
-    "warmup_epochs",
-    "teacher_temperature_warmup_epochs",
-    "freeze_last_layer_epochs",
-    "queue_start_epochs",
-)
+DURATIONS = {
+    "dino": ("warmup_epochs", "teacher_temperature_warmup_epochs", "freeze_last_layer_epochs"),
+    "mocov2": ("warmup_epochs",),
+    "swav": ("warmup_epochs", "freeze_last_layer_epochs", "queue_start_epochs"),
+}
+"""Method -> what lasts a number of epochs."""
 
 
 def fit_to_data(config: PretrainConfig, num_images: int) -> tuple[PretrainConfig, dict[str, Any]]:
@@ -69,21 +69,23 @@ def fit_to_data(config: PretrainConfig, num_images: int) -> tuple[PretrainConfig
     steps = max(1, round(config.epochs * (num_images // batch_size)))
     if batch_size < recipe.batch_size:
         change("base_lr", round(recipe.base_lr * math.sqrt(recipe.batch_size / batch_size), 6))
-    for name in DURATIONS:
+    for name in DURATIONS.get(config.method, ()):
         change(name, round(getattr(recipe, name) * min(1.0, config.epochs / recipe.epochs), 4))
-    share = math.sqrt(min(1.0, num_images / PUBLISHED_IMAGES))
-    if share < 1:
-        change("head_outputs", max(MIN_OUTPUTS, 8 * round(recipe.head_outputs * share / 8)))
-    momentum = max(MIN_MOMENTUM, 1 - 1 / (MAX_AVERAGED_SHARE * steps))
-    change("teacher_momentum", round(min(recipe.teacher_momentum, momentum), 6))
-    if recipe.teacher_momentum_end == recipe.teacher_momentum:
-        change("teacher_momentum_end", current("teacher_momentum"))
-    if steps < FEW_STEPS:
+    if config.method in ("dino", "swav"):
+        share = math.sqrt(min(1.0, num_images / PUBLISHED_IMAGES))
+        fitted = max(MIN_OUTPUTS, 8 * round(recipe.head_outputs * share / 8)) if share < 1 else recipe.head_outputs
+        change("head_outputs", fitted)
+    if config.method in ("dino", "mocov2"):
+        momentum = max(MIN_MOMENTUM, 1 - 1 / (MAX_AVERAGED_SHARE * steps))
+        change("teacher_momentum", round(min(recipe.teacher_momentum, momentum), 6))
+        if recipe.teacher_momentum_end == recipe.teacher_momentum:  # it is constant
+            change("teacher_momentum_end", current("teacher_momentum"))
+    if config.method == "dino" and steps < FEW_STEPS:
         change("teacher_temperature", recipe.teacher_temperature_start)
     if config.method == "mocov2":
         change("queue_size", max(batch_size, min(recipe.queue_size, num_images // 2)))
         if num_images < FEW_IMAGES:
             change("temperature", min(recipe.temperature, SMALL_DATA_TEMPERATURE))
-    elif config.method == "swav":
+    if config.method == "swav":
         change("queue_size", recipe.queue_size * batch_size // recipe.batch_size)
     return dataclasses.replace(config, **changed), changed

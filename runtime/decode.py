@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,30 @@ def load_image(source: Path | bytes, name: Path | None = None) -> np.ndarray:
     Raises:
         UnreadableImageError: it is missing, truncated, no image, without pixels, or too large to be decoded safely.
     """
+    with _opened(source, name) as image:
+        image.load()
+        return _to_rgb(_upright(image))
+
+
+def read_size(source: Path | bytes, name: Path | None = None) -> tuple[int, int]:
+    """Height and width of an image, px, from its header alone: its pixels may still turn out to be damaged.
+
+    They are as stored, before the EXIF orientation, which may exchange the two.
+
+    Args:
+        source: the file, or its content.
+        name: what errors call it; default the file's path.
+
+    Raises:
+        UnreadableImageError: it is missing, no image, without pixels, or too large to be decoded safely.
+    """
+    with _opened(source, name) as image:
+        return image.height, image.width
+
+
+@contextlib.contextmanager
+def _opened(source: Path | bytes, name: Path | None) -> Iterator[Image.Image]:
+    """Open an image whose size is safe; whatever goes wrong within the block is told as unreadable, with the reason."""
     path = name or (Path("image in memory") if isinstance(source, bytes) else source)
     try:
         with warnings.catch_warnings():
@@ -71,8 +97,7 @@ def load_image(source: Path | bytes, name: Path | None = None) -> np.ndarray:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
                 _check_size(image.size)
-                image.load()
-                return _to_rgb(_upright(image))
+                yield image
     except UnreadableImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

@@ -44,9 +44,9 @@ class PretrainConfig:
     drop_path: float = 0.0
     """Probability of dropping a residual branch in the student, 0..1; the paper has 0.1 for a ViT."""
     views: str = "lowcompute"
-    """View policy: lowcompute or baseline."""
+    """View policy: lowcompute, baseline, or auto (lowcompute with the local size that suits the images' sizes)."""
     image_px: int = 224
-    """Side of the global views and of the network's input, px; the local views follow in proportion."""
+    """Side of the global views and of the network's input, px; the local views follow by the view policy."""
     local_px: int | None = None
     """Side of the local views, px; default by the view policy."""
     num_local: int | None = None

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ..runtime import torch_model
-from ..runtime.errors import UserError, require, unknown_name
+from ..runtime.errors import require, unknown_name
 from ..runtime.images import ImageList, UnreadableBudget, fingerprint, list_images
 from ..runtime.preprocess import Preprocess
 from ..runtime.progress import Bar, say
 from .config import PretrainConfig
 from .interruption import StopRequest
+from .magnification import resolve_local_px
 from .run_folder import RunFolder, open_run
 from .sampling import ViewSampler
 from .schedules import cosine, warmup_cosine
@@ -67,6 +67,8 @@ def pretrain(config: PretrainConfig) -> int:
     if config.fit_to_data:
         config, changed = fit_to_data(config, len(images))
     backbone = find_backbone(config.backbone, config.image_px, config.channels, config.patch_px)
+    given = config
+    config = on_first_rank(fabric, lambda: resolve_local_px(given, images, backbone.family, backbone.patch_px))
     dataset = build_dataset(config, images, backbone, Share(fabric.global_rank, fabric.world_size, config.accumulate))
     folder = on_first_rank(fabric, lambda: open_run(config, fingerprint(images), len(images)))
     if folder.finished:
@@ -107,11 +109,8 @@ def report(config: PretrainConfig, folder: RunFolder) -> None:
 
 def build_dataset(config: PretrainConfig, images: ImageList, backbone: Backbone, share: Share = ALONE) -> ViewDataset:
     """The batches of views by step, of which this process takes its share."""
-    policy = view_policy(config.views, backbone.family, config.image_px, backbone.patch_px)
     given = {name: getattr(config, name) for name in ("local_px", "num_local", "global_area", "local_area")}
-    policy = replace(policy, **{name: value for name, value in given.items() if value is not None})
-    if policy.local_px % backbone.patch_px:
-        raise UserError(f"--local-px is {policy.local_px}: give a multiple of the patch, {backbone.patch_px} px.")
+    policy = view_policy(config.views, backbone.family, config.image_px, backbone.patch_px, **given)
     backbone.check_views((policy.global_px, policy.local_px))
     blur_px = config.blur_px or blur_range_px(config.image_px)
     sampler = ViewSampler(policy, AUGMENTATIONS[config.method], blur_px, config.seed)

@@ -56,9 +56,19 @@ class ViewPolicy:
                 f"A global view of {global_px} px does not divide into patches of {multiple} px: "
                 f"give --image-px a multiple of {multiple}."
             )
-        local_px = int(self.local_px * global_px / self.global_px / multiple + 0.5) * multiple
-        return replace(self, global_px=global_px, local_px=max(local_px, multiple))
+        local_px = rounded_px(self.local_px * global_px / self.global_px, multiple)
+        return replace(self, global_px=global_px, local_px=local_px)
 
+
+def rounded_px(px: float, multiple: int) -> int:
+    """The nearest size that the network takes: a multiple of ``multiple`` px, and at least that."""
+    return max(int(px / multiple + 0.5) * multiple, multiple)
+
+
+LOWCOMPUTE = {
+    "cnn": ViewPolicy((0.3, 1.0), (0.05, 0.3), local_px=128, num_local=6, weight_global=0.4, weight_local=0.6),
+    "vit": ViewPolicy((0.3, 1.0), (0.05, 0.3), local_px=128, num_local=10, weight_global=0.4, weight_local=0.6),
+}
 
 VIEW_POLICIES = {
     # The baselines weigh all pairs alike: 2 of 2 + 2 x 6 pairs are global-global (CNN), 2 of 2 + 2 x 10 (ViT).
@@ -68,10 +78,8 @@ VIEW_POLICIES = {
             (0.25, 1.0), (0.05, 0.25), local_px=96, num_local=10, weight_global=1 / 11, weight_local=10 / 11
         ),
     },
-    "lowcompute": {
-        "cnn": ViewPolicy((0.3, 1.0), (0.05, 0.3), local_px=128, num_local=6, weight_global=0.4, weight_local=0.6),
-        "vit": ViewPolicy((0.3, 1.0), (0.05, 0.3), local_px=128, num_local=10, weight_global=0.4, weight_local=0.6),
-    },
+    "lowcompute": LOWCOMPUTE,
+    "auto": LOWCOMPUTE,  # the local size then follows from the images: see magnification.py
 }
 """Policy name -> family of network -> policy at a global view of 224 px."""
 
@@ -115,21 +123,40 @@ AUGMENTATIONS["mocov2"] = AUGMENTATIONS["dino"]
 """Method -> augmentation of the first global view, of the second, and of every local view."""
 
 
-def view_policy(name: str, family: str, global_px: int, multiple: int = 1) -> ViewPolicy:
-    """Look up a policy and scale it to the global view size.
+def view_policy(
+    name: str,
+    family: str,
+    global_px: int,
+    multiple: int = 1,
+    *,
+    local_px: int | None = None,
+    num_local: int | None = None,
+    global_area: tuple[float, float] | None = None,
+    local_area: tuple[float, float] | None = None,
+) -> ViewPolicy:
+    """Look up a policy, scale it to the global view size, and put given values in the place of its own.
 
     Args:
-        name: ``"baseline"`` or ``"lowcompute"``.
+        name: ``"baseline"``, ``"lowcompute"`` or ``"auto"``; for the last ``local_px`` is expected to be given, as
+            :func:`~midge.train.magnification.equal_magnification_px` finds it. Without, it is that of lowcompute.
         family: ``"cnn"`` or ``"vit"``.
         global_px: side of the global views, px.
         multiple: what both view sizes must be multiples of, px.
+        local_px: side of the local views, px, or None for the policy's; so for the others.
+        num_local: number of local views.
+        global_area: range of the share of the image's area that a global view shows.
+        local_area: the same for a local view.
 
     Raises:
-        UserError: no such policy, or ``global_px`` does not fit the patch.
+        UserError: no such policy, or ``global_px`` or ``local_px`` does not fit the patch.
     """
     if name not in VIEW_POLICIES:
         raise unknown_name("view policy", name, VIEW_POLICIES)
-    return VIEW_POLICIES[name][family].scaled(global_px, multiple)
+    if local_px is not None and local_px % multiple:
+        raise UserError(f"--local-px is {local_px}: give a multiple of the patch, {multiple} px.")
+    given = {"local_px": local_px, "num_local": num_local, "global_area": global_area, "local_area": local_area}
+    policy = VIEW_POLICIES[name][family].scaled(global_px, multiple)
+    return replace(policy, **{key: value for key, value in given.items() if value is not None})
 
 
 def blur_range_px(global_px: int) -> tuple[float, float]:

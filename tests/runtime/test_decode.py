@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from midge.runtime import decode
-from midge.runtime.decode import UnreadableImageError, load_image
+from midge.runtime.decode import UnreadableImageError, load_image, read_size
 
 RED, GREEN, BLUE, WHITE, BLACK = [255, 0, 0], [0, 255, 0], [0, 0, 255], [255] * 3, [0] * 3
 
@@ -223,3 +223,18 @@ def test_the_error_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(UnreadableImageError(Path("a.png"), "it is cut")))
     assert (error.path, error.reason) == (Path("a.png"), "it is cut")
     assert str(error) == "Cannot read the image 'a.png': it is cut. Remove it or replace it."
+
+
+def test_the_size_is_read_without_the_pixels(tmp_path: Path) -> None:
+    Image.effect_noise((64, 48), 50).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[:200])
+    assert read_size(tmp_path / "a.png") == (48, 64)
+    with pytest.raises(UnreadableImageError):
+        load_image(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(UnreadableImageError, match="the file is empty"):
+        read_size(tmp_path / "a.png")
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "huge.png")
+    with pytest.raises(UnreadableImageError, match="pixels"):
+        read_size(tmp_path / "huge.png")

@@ -373,3 +373,14 @@ def test_missing_package_names_the_extra(tmp_path):
     assert result.returncode == 2
     assert "pip install 'midge[train]'" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_views_auto_fix_the_local_size_once(image_folder, tmp_path):
+    data, run = image_folder(28, px=40), tmp_path / "run"
+    config = tiny(data, run, views="auto", epochs=1.0, global_area=None, local_area=None)
+    assert pretrain(config) == 0
+    assert json.loads((run / "config.json").read_text())["config"]["local_px"] == 18  # 32 x 122 / 224 = 17.4
+    assert json.loads((run / "backbone.json").read_text())["trained"]["local_px"] == 18
+    assert pretrain(dataclasses.replace(config, resume=True)) == 0
+    with pytest.raises(UserError, match="local_px 18 there and 20 now"):
+        pretrain(dataclasses.replace(config, resume=True, local_px=20))

@@ -58,10 +58,22 @@ def test_dino_has_three_pipelines():
 
 
 def test_unknown_policy_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"Unknown view policy 'huge': choose one of baseline, lowcompute\."):
+    with pytest.raises(UserError, match=r"Unknown view policy 'huge': choose one of auto, baseline, lowcompute\."):
         view_policy("huge", "cnn", 224)
 
 
 def test_global_view_must_divide_into_patches():
     with pytest.raises(UserError, match="30 px does not divide into patches of 4 px"):
         view_policy("lowcompute", "vit", 30, 4)
+
+
+def test_given_values_take_the_place_of_the_policys():
+    policy = view_policy("auto", "cnn", 64, local_px=40, num_local=3, global_area=(0.5, 1), local_area=(0.1, 0.2))
+    assert (policy.global_px, policy.local_px, policy.num_local) == (64, 40, 3)
+    assert (policy.global_area, policy.local_area) == ((0.5, 1), (0.1, 0.2))
+    assert (policy.weight_global, policy.weight_local) == (0.4, 0.6)
+
+
+def test_a_local_view_must_divide_into_patches_too():
+    with pytest.raises(UserError, match="--local-px is 30: give a multiple of the patch, 4 px"):
+        view_policy("lowcompute", "vit", 32, 4, local_px=30)

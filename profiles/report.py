@@ -1,6 +1,5 @@
 """The report page: one HTML file with everything in it, drawn as SVG by the template, so that it needs no script.
 
-jinja2 escapes every value that comes from a record, and the page's own content policy forbids scripts and requests.
 Accuracies come as fractions and are shown in %, latencies in ms, sizes in MB (10^6 bytes), memory in MiB.
 """
 
@@ -12,9 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..runtime.errors import require
-from ..runtime.files import atomic_file
+from ..runtime.page import render_page, write_page
 from ..runtime.proportions import wilson_interval
 from .chart import scatter
 from .display import RUNTIME_NAMES, method_paragraphs, runtime_name, shown
@@ -46,19 +43,13 @@ def write_report(
         title: the page's title.
         facts: more to tell about the data and the training, name -> value, shown as text.
     """
-    page = render_report(records, summary, title, facts or {})
-    with atomic_file(path) as partial_path:
-        partial_path.write_text(page, encoding="utf-8")
+    write_page(path, render_report(records, summary, title, facts or {}))
 
 
 def render_report(records: Sequence[Json], summary: Json, title: str, facts: Mapping[str, object]) -> str:
     """The page as text; see :func:`write_report`."""
-    jinja2 = require("jinja2", "report")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {
+    filters = {
         "shown": shown,
-        "count": lambda value: f"{value:,}",
-        "px": lambda value: f"{value:.1f}",
         "shape": lambda variant: SHAPES[_precision(variant)],
         "precision_name": PRECISION_NAMES.__getitem__,
         "runtime_class": lambda runtime: runtime if runtime in RUNTIME_NAMES else "other",
@@ -66,8 +57,8 @@ def render_report(records: Sequence[Json], summary: Json, title: str, facts: Map
         "describe": _describe,
         "tied": lambda text: text.replace(" %", "\u00a0%").replace(" ms", "\u00a0ms"),
     }
-    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
-    return template.render(_context(records, summary, title, facts))
+    template = Path(__file__).with_name("report.html.jinja")
+    return render_page(template, filters=filters, **_context(records, summary, title, facts))
 
 
 def _context(records: Sequence[Json], summary: Json, title: str, facts: Mapping[str, object]) -> Json:
@@ -92,7 +83,6 @@ def _context(records: Sequence[Json], summary: Json, title: str, facts: Mapping[
         "details": [_detail(record, row, label(row)) for row in rows for record in kept if _same(record, row)],
         "method": method_paragraphs(kept),
         "provenance": _provenance(kept, facts),
-        "version": __version__,
     }
 
 

@@ -42,6 +42,9 @@ COMMANDS = {
     "recipes": Command(
         "known good settings, explained", "train.recipes_table:RecipesConfig", "train.recipes_table:recipes"
     ),
+    "views": Command(
+        "what a view policy does to your images", "train.views_config:ViewsConfig", "train.show_views:show_views"
+    ),
     "pretrain": Command(
         "self-supervised pretraining",
         "train.config:PretrainConfig",

@@ -184,11 +184,7 @@ class PretrainConfig:
             raise UserError(f"--resize-px is {self.resize_px}: give at least --image-px, {self.image_px}.")
         if self.blur_px is not None and not 0 < self.blur_px[0] <= self.blur_px[1]:
             raise UserError(f"--blur-px is {self.blur_px}: give a positive range, the smaller value first.")
-        for name in ("global_area", "local_area"):
-            area = getattr(self, name)
-            if area is not None and not 0 < area[0] <= area[1] <= 1:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} is {area}: give a range of shares, above 0 and up to 1, the smaller first.")
+        check_areas(self.global_area, self.local_area)
         if not all(value > 0 for value in self.std):
             raise UserError(f"--std is {self.std}: every value must be above 0.")
         if self.channels is not None and not all(MIN_CHANNELS <= value <= 2**16 for value in self.channels):
@@ -202,6 +198,17 @@ class PretrainConfig:
         """All fields as JSON values; paths are absolute, so that a later stage finds the data from anywhere."""
         values = dataclasses.asdict(self)
         return {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def check_areas(global_area: tuple[float, float] | None, local_area: tuple[float, float] | None) -> None:
+    """Refuse ranges of areas that are none.
+
+    Raises:
+        UserError: names the flag and what is allowed.
+    """
+    for flag, area in (("--global-area", global_area), ("--local-area", local_area)):
+        if area is not None and not 0 < area[0] <= area[1] <= 1:
+            raise UserError(f"{flag} is {area}: give a range of shares, above 0 and up to 1, the smaller first.")
 
 
 MIN_CHANNELS = 8

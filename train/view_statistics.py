@@ -21,7 +21,6 @@ from .views import ViewPolicy
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 DRAWN_IMAGES = 8192  # drawn for at least so often, epoch by epoch: the share of 3 % then has an error of 0.2 points
-SHARE_BINS = 10
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class ViewStatistics:
         magnification: median zoom of the global views over that of the local ones; 1 is equal magnification.
         pair_magnification: quantiles of the ratio of the zooms within the pairs.
         overlap: mean share of a local view's area that lies inside the global view of its pair, 0..1.
-        overlap_bins: share of the pairs by that share, in 10 equal bins; those that share nothing are left out.
         inside: share of the pairs whose local view lies inside the global one, whole.
+        half: share of the pairs of which at least half of the local view does, those included.
         nothing: share of the pairs that have no pixel in common.
         pairs: number of pairs.
     """
@@ -49,8 +48,8 @@ class ViewStatistics:
     magnification: float
     pair_magnification: tuple[float, ...]
     overlap: float
-    overlap_bins: tuple[float, ...]
     inside: float
+    half: float
     nothing: float
     pairs: int
 
@@ -75,8 +74,8 @@ class ViewStatistics:
             "magnification": self.magnification,
             "pair_magnification": list(self.pair_magnification),
             "overlap": self.overlap,
-            "overlap_bins": list(self.overlap_bins),
             "inside": self.inside,
+            "half": self.half,
             "nothing": self.nothing,
             "pairs": self.pairs,
         }
@@ -100,7 +99,6 @@ def measure(policy: ViewPolicy, sampler: ViewSampler, indices: np.ndarray, sizes
     zoom = side / policy.global_px / np.sqrt(area / pixels)
     px_per_px = side / np.sqrt(area)
     share = overlaps(drawn)
-    bins = np.histogram(share[share > 0], bins=SHARE_BINS, range=(0, 1))[0] / share.size
     kinds = slice(0, 2), slice(2, None)
     quantiles = [_quantiles(zoom[kind]) for kind in kinds]
     return ViewStatistics(
@@ -111,8 +109,8 @@ def measure(policy: ViewPolicy, sampler: ViewSampler, indices: np.ndarray, sizes
         magnification=float(np.median(zoom[kinds[0]]) / np.median(zoom[kinds[1]])),
         pair_magnification=_quantiles(zoom[None, kinds[0]] / zoom[kinds[1], None]),
         overlap=float(share.mean()),
-        overlap_bins=tuple(bins.tolist()),
         inside=float((share == 1).mean()),
+        half=float((share >= 0.5).mean()),
         nothing=float((share == 0).mean()),
         pairs=share.size,
     )

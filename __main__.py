@@ -51,6 +51,7 @@ COMMANDS = {
         "train.trainer:pretrain",
         defaults="train.recipes:defaults",
     ),
+    "watch": Command("curves of a run in the terminal", "train.watch_config:WatchConfig", "train.watch:watch"),
     "knn": Command(
         "k-NN accuracy of a run, beside its baselines", "train.evaluation_config:KnnConfig", "train.knn:knn"
     ),

@@ -323,7 +323,7 @@ def test_unreadable_images_are_skipped_up_to_a_share(image_folder, tmp_path, cap
     [
         ({"method": "simclr"}, "Unknown method 'simclr': choose one of dino, mocov2, swav."),
         ({"backbone": "resnet19"}, "Unknown backbone 'resnet19': did you mean"),
-        ({"views": "tiny"}, "Unknown view policy 'tiny': choose one of baseline, lowcompute."),
+        ({"views": "tiny"}, "Unknown view policy 'tiny': choose one of auto, baseline, lowcompute."),
         ({"optimizer": "sgd"}, "Unknown optimizer 'sgd': choose one of adamw, lars."),
         ({"device": "tpu"}, "Unknown device 'tpu': choose one of"),
         ({"precision": "8"}, "Unknown precision '8': choose one of"),

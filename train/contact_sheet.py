@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..runtime.images import ImageList, UnreadableBudget, UnreadableImageError, load_image
+from ..runtime.images import ImageList, UnreadableBudget, UnreadableImageError
 from .datasets import cut_views
 from .photometric import Photometric
 from .sampling import ViewParameters, ViewSampler
@@ -84,7 +84,7 @@ def show_images(
         if len(shown) == number:
             break
         try:
-            pixels = load_image(images.path(index))
+            pixels = images.load(index)
         except UnreadableImageError as error:
             budget.skip(error)
             continue

@@ -46,6 +46,7 @@ def show_views(config: ViewsConfig) -> int:
     budget = UnreadableBudget(config.max_unreadable, len(images))
     indices, sizes = sample_sizes(images, config.seed, budget)
     chosen, policies = compared_policies(config, backbone.family, backbone.patch_px, sizes)
+    backbone.check_views((policies[chosen].global_px, policies[chosen].local_px))
     samplers = {name: build_sampler(config, policy) for name, policy in policies.items()}
     measured: dict[ViewPolicy, ViewStatistics] = {}  # equal policies are measured once
     for name, policy in policies.items():

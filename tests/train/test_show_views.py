@@ -104,6 +104,19 @@ def test_the_views_shown_are_those_of_training(photos: Path) -> None:
         assert view.top + view.height <= 60 and view.left + view.width <= 90
 
 
+def test_shards_give_the_views_of_their_images(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "pack", str(photos), "--out", str(tmp_path / "shards")]) == 0
+    capsys.readouterr()
+    page = tmp_path / "page.html"
+    flags = ["--image-px", "32", "--views", "auto", "--html", str(page), "--json"]
+    assert main(["views", "--data", str(tmp_path / "shards"), *flags]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["images"], document["sizes_read"]) == (6, 6)
+    assert page.read_text().count('class="item"') == 6
+
+
 def test_unreadable_images_are_named_and_passed_over_within_the_allowance(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,6 +141,7 @@ def test_unreadable_images_are_named_and_passed_over_within_the_allowance(
         (["--method", "byol"], "Unknown method 'byol'"),
         (["--images", "0"], "--images is 0: give a value from 1 to 24"),
         (["--local-area", "0.5", "0.2"], "--local-area is"),
+        (["--image-px", "64", "--backbone", "efficientformerv2_s0"], "cannot take views of 37 px"),
         (["--image-px", "30", "--backbone", "vit_tiny_patch16_224"], "does not divide into patches of 16 px"),
     ],
 )

@@ -75,7 +75,14 @@ class PretrainConfig:
     """Portions of a step, one after the other: the memory of one, the gradient of all. Batch normalization, and SwAV's
     assignment without its queue, see a portion at a time; centre, queues and averages move once a step, as without."""
     workers: int = 2
-    """Processes that decode images and cut views; 0 does it in the main process."""
+    """Processes that decode images and make views; 0 does it in the main process."""
+    view_executor: str = "auto"
+    """Where the views are made: cpu (the workers), device (from decoded images), auto (device on a GPU, else cpu)."""
+    decode_px: int | None = None
+    """Large images are decoded at 1/2, 1/4 or 1/8 of their size, their short side at least so many px; default 384 for
+    views up to 224 px, in proportion above. 0 decodes all at full size."""
+    decode_cache: Path | None = None
+    """Keep the decoded images in this folder, uncompressed, for data that is read hundreds of times."""
     device: str = "auto"
     """Torch device: cpu, cuda or mps; auto takes a GPU where there is one."""
     precision: str = "32-true"
@@ -231,6 +238,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "knn_every_epochs": (0, 1e6),
     "knn_images": (10, 10**7),
     "workers": (0, 256),
+    "decode_px": (0, 2**16),
     "base_lr": (0, 1e3),
     "min_lr": (0, 1e3),
     "warmup_lr": (0, 1e3),
@@ -268,6 +276,7 @@ OPERATIONAL_FIELDS = frozenset(
         "resume",
         "workers",
         "device",
+        "decode_cache",
         "checkpoint_every_steps",
         "keep_checkpoints",
         "knn_every_epochs",

@@ -1,4 +1,4 @@
-"""The data set of pretraining: item ``step`` is the whole batch of that step, cut into uint8 views.
+"""The data set of pretraining: item ``step`` is the whole batch of that step, as the executor of the views takes it.
 
 Everything that decides about a batch is a function of (seed, step): the sampler of the loader is a plain ``range``,
 a run resumes at any step, and there is no gap between epochs. The last, incomplete batch of an epoch is dropped.
@@ -8,39 +8,23 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..runtime.errors import UserError
 from ..runtime.images import ImageList, UnreadableImageError
-from .crops import crop_view
-from .sampling import ViewParameters, ViewSampler, epoch_order
+from .cpu_views import Chunk
+from .decode_cache import DecodeCache
+from .executors import EXECUTORS
+from .jpeg import load
+from .sampling import ViewSampler, epoch_order
 from .views import ViewPolicy
 
 CHUNK = 64
 """Images that are drawn for at once, and held decoded at once."""
-
-
-class ViewBatch(NamedTuple):
-    """The views of N images as they leave a worker, view by view.
-
-    Attributes:
-        global_views: (2 N, h, h, 3) uint8.
-        local_views: (L N, l, l, 3) uint8.
-        global_parameters: what to do to the 2 N views on the device.
-        local_parameters: the same for the L N views.
-        unreadable: images that were replaced by others, in the order met.
-    """
-
-    global_views: Tensor
-    local_views: Tensor
-    global_parameters: ViewParameters
-    local_parameters: ViewParameters
-    unreadable: list[UnreadableImageError]
 
 
 class Share(NamedTuple):
@@ -63,8 +47,10 @@ class Share(NamedTuple):
 ALONE = Share()
 
 
-class ViewDataset(Dataset[ViewBatch]):
+class ViewDataset(Dataset[Any]):
     """Batches of views: item ``step * portions + portion``.
+
+    Each is a :class:`~.cpu_views.CutBatch` or a :class:`~.device_views.PackedBatch`.
 
     Args:
         images: the data.
@@ -73,6 +59,11 @@ class ViewDataset(Dataset[ViewBatch]):
         batch_size: images per step, over all processes and portions.
         seed: of the order.
         share: what this process takes of a step.
+        executor: key of :data:`~.executors.EXECUTORS`.
+        min_px: short side, px, that a large image keeps at least when it is decoded at a part of its size.
+
+    Attributes:
+        cache: of the decoded images; None decodes them each time.
 
     Raises:
         UserError: there are fewer images than a batch takes, or a batch cannot be shared out evenly.
@@ -86,6 +77,8 @@ class ViewDataset(Dataset[ViewBatch]):
         batch_size: int,
         seed: int,
         share: Share = ALONE,
+        executor: str = "cpu",
+        min_px: int | None = None,
     ) -> None:
         if len(images) < batch_size:
             few = f"'{images.root}' gives {len(images)} image{'s'[: len(images) != 1]}, fewer than one batch"
@@ -106,37 +99,31 @@ class ViewDataset(Dataset[ViewBatch]):
         self.batch_size = batch_size
         self.steps_per_epoch = len(images) // batch_size
         self.seed = seed
+        self.executor = executor
+        self.min_px = min_px
+        self.cache: DecodeCache | None = None
         self._order = (-1, np.empty(0, dtype=np.int64))  # the epoch last asked for, and its order
         self._unreadable: dict[int, UnreadableImageError] = {}
 
-    def __getitem__(self, item: int) -> ViewBatch:
-        """Read and cut this process's images of a portion of a step."""
+    def __getitem__(self, item: int) -> Any:
+        """Read this process's images of a portion of a step."""
         step, portion = divmod(item, self.share.portions)
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, epoch_order(self.seed, epoch, len(self.images)))
         first = place * self.batch_size + (portion * self.share.world_size + self.share.rank) * self.portion_size
         indices = self._order[1][first : first + self.portion_size]
-        num_local, sizes = self.policy.num_local, (self.policy.global_px, self.policy.local_px)
-        global_views, local_views = (
-            np.empty((views, len(indices), px, px, 3), dtype=np.uint8)
-            for views, px in zip((2, num_local), sizes, strict=True)
-        )
-        chunks, unreadable = [], []
+        unreadable: list[UnreadableImageError] = []
+        chunks = self._chunks(epoch, indices, unreadable)
+        batch = EXECUTORS[self.executor].collect(chunks, len(indices), self.policy)
+        return batch._replace(unreadable=unreadable)
+
+    def _chunks(self, epoch: int, indices: np.ndarray, unreadable: list[UnreadableImageError]) -> Iterator[Chunk]:
+        """The images of a batch and what is drawn for them, so many at a time."""
         for start in range(0, len(indices), CHUNK):
-            chunk = slice(start, start + CHUNK)
-            pixels = [self._read(int(index), unreadable) for index in indices[chunk]]
-            parameters = self.sampler(epoch, indices[chunk], *np.array([image.shape[:2] for image in pixels]).T)
-            cut_views(pixels, parameters, [*global_views[:, chunk], *local_views[:, chunk]])
-            chunks.append(parameters)
-        parameters = ViewParameters.join(chunks)
-        return ViewBatch(
-            torch.from_numpy(global_views).flatten(0, 1),
-            torch.from_numpy(local_views).flatten(0, 1),
-            parameters.take(slice(0, 2)),
-            parameters.take(slice(2, None)),
-            unreadable,
-        )
+            chunk = indices[start : start + CHUNK]
+            pixels = [self._read(int(index), unreadable) for index in chunk]
+            yield pixels, self.sampler(epoch, chunk, *np.array([image.shape[:2] for image in pixels]).T)
 
     def _read(self, index: int, unreadable: list[UnreadableImageError]) -> np.ndarray:
         """The image at ``index``, or the next readable one after it: (H, W, 3) uint8."""
@@ -145,32 +132,19 @@ class ViewDataset(Dataset[ViewBatch]):
             if candidate in self._unreadable:
                 continue
             try:
-                return self.images.load(candidate)
+                return self._decode(candidate)
             except UnreadableImageError as error:
                 self._unreadable[candidate] = error
                 unreadable.append(error)
         return np.zeros((1, 1, 3), dtype=np.uint8)  # all are unreadable: the main process stops when it counts them
 
-
-def cut_views(images: list[np.ndarray], parameters: ViewParameters, out: list[np.ndarray]) -> None:
-    """Render V views of each of N images.
-
-    Args:
-        images: N of (H, W, 3) uint8.
-        parameters: (V, N) of them.
-        out: V of (N, px, px, 3) uint8, written to.
-    """
-    boxes = np.stack([parameters.top, parameters.left, parameters.height, parameters.width], axis=-1).tolist()
-    flips = parameters.flip.tolist()
-    for n, image in enumerate(images):
-        for v, view in enumerate(out):
-            top, left, height, width = boxes[v][n]
-            crop_view(image, top, left, height, width, flips[v][n], view[n])
+    def _decode(self, index: int) -> np.ndarray:
+        if self.cache is not None:
+            return self.cache.load(index)
+        return load(self.images, index, self.min_px)
 
 
-def load_batches(
-    dataset: ViewDataset, first_step: int, end_step: int, workers: int, pin_memory: bool
-) -> Iterator[ViewBatch]:
+def load_batches(dataset: ViewDataset, first_step: int, end_step: int, workers: int, pin_memory: bool) -> Iterator[Any]:
     """The batches of steps ``first_step`` to ``end_step - 1``, portion by portion, read ahead by worker processes.
 
     The processes live until the last step: to the loader, all epochs are one.
@@ -187,11 +161,17 @@ def load_batches(
         batch_size=None,  # an item is a batch
         sampler=range(first_step * dataset.share.portions, end_step * dataset.share.portions),
         num_workers=workers,
+        collate_fn=as_it_is,  # the default one makes tensors of the arrays that are meant to stay on the host
         pin_memory=pin_memory,
         worker_init_fn=ignore_stop_signals,
         generator=torch.Generator(),  # the workers' seeds are not drawn from the generator that the training uses
     )
     return iter(loader)
+
+
+def as_it_is(batch: Any) -> Any:
+    """The batch."""
+    return batch
 
 
 def ignore_stop_signals(worker: int) -> None:

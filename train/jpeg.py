@@ -5,6 +5,8 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from ..runtime.images import ImageList, load_image
+
 # cv2 names no reduced form in the order RGB: the bits of the reduction are those of its grey forms.
 _REDUCED = {
     1: 0,
@@ -26,3 +28,12 @@ def decode_jpeg(data: bytes, factor: int = 1) -> np.ndarray | None:
     """
     flags = _REDUCED[factor] | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     return cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
+
+
+def load(images: ImageList, index: int, min_px: int | None) -> np.ndarray:
+    """Decode one image of a list, its JPEGs fast: (H, W, 3) uint8; ``min_px`` as in :func:`load_image`.
+
+    Raises:
+        UnreadableImageError: it cannot be decoded.
+    """
+    return load_image(images.source(index), images.path(index), min_px, decode_jpeg)

@@ -1,31 +1,53 @@
 """Recolour whole groups of views on the device: jitter, grayscale, blur, solarize, normalize.
 
 Each step is torchvision's, with the parameters of each sample: a step works on the samples that drew it and leaves the
-others alone. Values stay in 0..1 in float32 until the normalization, which comes last. The parameters stay on the
-host, and so does the choice of samples: a mask on a GPU would stop the stream to learn how many samples it holds.
+others alone. Values stay in 0..1 in float32 until the normalization, which comes last. Which samples a step takes is
+known on the host: a mask on a GPU would stop the stream to learn how many samples it holds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
-from .datasets import ViewBatch
-from .method import Views
 from .sampling import ViewParameters
+from .views import KERNEL_SIGMAS, LUMA
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow and torchvision
 
-KERNEL_SIGMAS = 3.0
+class Steps(NamedTuple):
+    """What to do to M views, step by step: the four places of the jitter by kind, grayscale, blur, solarize.
+
+    Attributes:
+        samples: (S,) int64: those of the first step, then those of the second, …
+        factor: (S,) float32: for each of them a factor, a shift of the hue, or the blur's standard deviation in px.
+        counts: (19,) int64, on the host: samples of each step.
+    """
+
+    samples: Tensor
+    factor: Tensor
+    counts: np.ndarray
+
+
+def plan_steps(parameters: ViewParameters) -> Steps:
+    """Put the parameters of M views into the form that travels to the device in two copies."""
+    p = parameters
+    unused = np.zeros(len(p.flip), dtype=np.float32)
+    places = [(p.jitter_order[:, place] == kind, p.jitter_factor[:, kind]) for place in range(4) for kind in range(4)]
+    steps = [*places, (p.grayscale, unused), (p.blur_sigma > 0, p.blur_sigma), (p.solarize, unused)]
+    samples = np.concatenate([np.flatnonzero(chosen) for chosen, _ in steps])
+    factor = np.concatenate([values[chosen] for chosen, values in steps])
+    counts = np.array([np.count_nonzero(chosen) for chosen, _ in steps])
+    return Steps(torch.from_numpy(samples), torch.from_numpy(factor), counts)
 
 
 class Photometric:
-    """Turns uint8 views into the network's input.
+    """Recolours and normalizes views.
 
     Args:
         mean: of the three channels, in 0..1.
@@ -35,54 +57,31 @@ class Photometric:
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], max_blur_px: float, device: torch.device) -> None:
-        self.mean = torch.tensor(mean, dtype=torch.float32, device=device).view(3, 1, 1)
-        self.std = torch.tensor(std, dtype=torch.float32, device=device).view(3, 1, 1)
+        self.scale = (1 / torch.tensor(std, dtype=torch.float32)).view(3, 1, 1).to(device)
+        self.offset = (-torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1).to(device)
         self.blur_radius = math.ceil(KERNEL_SIGMAS * max_blur_px)
 
     @torch.no_grad()
-    def views(self, batch: ViewBatch) -> Views:
-        """Move a batch of uint8 views to the device and recolour it."""
-        groups = (batch.global_views, batch.global_parameters), (batch.local_views, batch.local_parameters)
-        device = self.mean.device
-        return Views(*(self(views.to(device, non_blocking=True), parameters) for views, parameters in groups))
-
-    def __call__(self, views: Tensor, parameters: ViewParameters) -> Tensor:
-        """Recolour and normalize.
+    def __call__(self, x: Tensor, steps: Steps) -> Tensor:
+        """Recolour in place, then normalize.
 
         Args:
-            views: (M, h, w, 3) uint8, on the device.
-            parameters: M of them.
+            x: (M, 3, h, w) float32 in 0..1, contiguous; it is used up.
+            steps: what to do.
 
         Returns:
             (M, 3, h, w) float32, channels last in memory.
         """
-        x = torch.empty(len(views), 3, *views.shape[1:3], device=views.device)
-        x.copy_(views.permute(0, 3, 1, 2)).div_(255)
-        for place in range(4):
-            for kind, adjust in enumerate(JITTER):
-                chosen = parameters.jitter_order[:, place] == kind
-                _apply(adjust, x, chosen, parameters.jitter_factor[:, kind])
-        _apply(lambda y, _: luma(y).expand_as(y), x, parameters.grayscale)
-        _apply(
-            lambda y, sigma: gaussian_blur(y, sigma, self.blur_radius),
-            x,
-            parameters.blur_sigma > 0,
-            parameters.blur_sigma,
-        )
-        _apply(lambda y, _: solarize(y), x, parameters.solarize)
-        return x.sub_(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
+        counts = steps.counts.tolist()
+        jobs = [*JITTER * 4, _grayscale, self._blur, _solarize]
+        for job, samples, factor in zip(jobs, steps.samples.split(counts), steps.factor.split(counts), strict=True):
+            if len(samples):
+                x.index_copy_(0, samples, job(x.index_select(0, samples), factor.view(-1, 1, 1, 1)))
+        result = torch.empty_like(x, memory_format=torch.channels_last)
+        return torch.addcmul(self.offset, x, self.scale, out=result)
 
-
-def _apply(
-    step: Callable[[Tensor, Tensor], Tensor], x: Tensor, chosen: np.ndarray, values: np.ndarray | None = None
-) -> None:
-    """Replace the chosen samples of ``x`` by ``step(samples, their values)``."""
-    index = torch.from_numpy(np.flatnonzero(chosen))
-    if not len(index):
-        return
-    factor = torch.from_numpy(values[chosen]) if values is not None else index
-    index, factor = (t.to(x.device, non_blocking=True) for t in (index, factor))
-    x.index_copy_(0, index, step(x.index_select(0, index), factor.view(-1, 1, 1, 1)))
+    def _blur(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return gaussian_blur(x, sigma, self.blur_radius)
 
 
 def luma(x: Tensor) -> Tensor:
@@ -159,8 +158,16 @@ def gaussian_blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
 
 
 def solarize(x: Tensor) -> Tensor:
-    """Invert the values from one half up."""
-    return torch.where(x >= 0.5, 1 - x, x)
+    """Invert the values from one half up: what is inverted is then the smaller of the two."""
+    return torch.minimum(x, 1 - x)
+
+
+def _grayscale(x: Tensor, _: Tensor) -> Tensor:
+    return luma(x).expand_as(x)
+
+
+def _solarize(x: Tensor, _: Tensor) -> Tensor:
+    return solarize(x)
 
 
 def _blend(base: Tensor, x: Tensor, factor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ read, the batch size, or the device that renders the view; and a run that is res
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import permutations
 
 import numpy as np
@@ -55,6 +55,10 @@ class ViewParameters:
         """The parameters of some views, with V and N merged into one leading axis of V * N, view by view."""
         arrays = {field.name: getattr(self, field.name)[views] for field in fields(self)}
         return ViewParameters(**{name: array.reshape(-1, *array.shape[2:]) for name, array in arrays.items()})
+
+    def moved(self, down: np.ndarray, right: np.ndarray) -> ViewParameters:
+        """The same views where each image's first pixel is another one; (N,) px each."""
+        return replace(self, top=self.top + down, left=self.left + right)
 
     @staticmethod
     def join(chunks: Sequence[ViewParameters]) -> ViewParameters:

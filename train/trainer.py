@@ -21,7 +21,7 @@ from .run_folder import RunFolder, open_run
 from .sampling import ViewSampler
 from .schedules import cosine, warmup_cosine
 from .small_data import fit_to_data
-from .views import AUGMENTATIONS, PUBLISHED_PX, blur_range_px, view_policy
+from .views import AUGMENTATIONS, PUBLISHED_PX, blur_range_px, min_decode_px, view_policy
 
 try:
     import torch
@@ -30,13 +30,14 @@ try:
 
     from . import checkpoint
     from .backbones import Backbone, feature_dim, find_backbone
-    from .datasets import ALONE, Share, ViewBatch, ViewDataset, load_batches
+    from .datasets import ALONE, Share, ViewDataset, load_batches
+    from .decode_cache import open_cache
     from .engine import build_fabric, lost_process, on_first_rank
+    from .executors import EXECUTORS, choose_executor, rendered
     from .methods import METHODS, Plan
     from .metrics import COLLAPSE_CAUSES, CollapseWatch, MetricsLog
     from .online_knn import online_knn
     from .optim import OPTIMIZERS, build_optimizer, prepare_step
-    from .photometric import Photometric
     from .ranks import max_over_ranks, world_size
 except ModuleNotFoundError as error:
     require((error.name or "torch").partition(".")[0], "train")
@@ -79,6 +80,8 @@ def pretrain(config: PretrainConfig) -> int:
     if changed and fabric.is_global_zero:
         values = ", ".join(f"{field} {value:g}" for field, value in changed.items())
         say(f"Fitted {config.recipe} to {len(images)} images: {values}. --no-fit-to-data keeps the recipe's.")
+    if config.decode_cache:
+        dataset.cache = open_cache(config.decode_cache, images, fingerprint(images), dataset.min_px, config.workers)
     trainer = Trainer(config, folder, fabric, backbone, dataset)
     try:
         with StopRequest() as stop:
@@ -114,7 +117,9 @@ def build_dataset(config: PretrainConfig, images: ImageList, backbone: Backbone,
     backbone.check_views((policy.global_px, policy.local_px))
     blur_px = config.blur_px or blur_range_px(config.image_px)
     sampler = ViewSampler(policy, AUGMENTATIONS[config.method], blur_px, config.seed)
-    return ViewDataset(images, policy, sampler, config.batch_size, config.seed, share)
+    executor = choose_executor(config.view_executor, config.device)
+    min_px = min_decode_px(config.image_px) if config.decode_px is None else config.decode_px or None
+    return ViewDataset(images, policy, sampler, config.batch_size, config.seed, share, executor, min_px)
 
 
 def preprocess_of(config: PretrainConfig) -> Preprocess:
@@ -153,7 +158,8 @@ class Trainer:
         optimizer = build_optimizer(config.optimizer, self.method, config.momentum, config.trust_coefficient)
         self.network, self.optimizer = fabric.setup(self.method, optimizer)
         self.network.mark_forward_method("loss")
-        self.photometric = Photometric(config.mean, config.std, dataset.sampler.blur_px[1], fabric.device)
+        renderer, max_blur_px = EXECUTORS[dataset.executor].renderer, dataset.sampler.blur_px[1]
+        self.render = renderer(dataset.policy, config.mean, config.std, max_blur_px, fabric.device)
         self.preprocess = preprocess_of(config)
         self.knn = online_knn(config, dataset.images, self.preprocess, fabric.device)
         if folder.checkpoint.exists():
@@ -170,15 +176,15 @@ class Trainer:
         lr, weight_decay = self.schedules()
         unreadable = UnreadableBudget(self.config.max_unreadable, len(self.dataset.images))
         with self.logging() as log:
-            for item, batch in enumerate(log.waiting(self.batches()), self.step * portions):
+            ready = rendered(log.waiting(self.batches()), self.render, fabric.device)
+            for item, batch in enumerate(ready, self.step * portions):
                 step, portion = divmod(item, portions)
                 for error in batch.unreadable:
                     unreadable.skip(error)
-                views = self.photometric.views(batch)
                 more_to_come = portion + 1 < portions
                 with fabric.no_backward_sync(network, enabled=more_to_come and fabric.world_size > 1):
                     with fabric.autocast():
-                        losses = network.loss(views, step)
+                        losses = network.loss(batch.views, step)
                     fabric.backward(losses.total / portions)
                 log.add(losses)
                 if more_to_come:
@@ -201,7 +207,7 @@ class Trainer:
                     break
         return signal
 
-    def batches(self) -> Iterator[ViewBatch]:
+    def batches(self) -> Iterator[Any]:
         """What is left to read."""
         pin = self.fabric.device.type == "cuda"
         return load_batches(self.dataset, self.step, self.steps, self.config.workers, pin)

@@ -13,6 +13,15 @@ from ..runtime.errors import UserError, unknown_name
 PUBLISHED_PX = 224
 """Global view size (px) at which the published sizes and blur radii hold."""
 
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in the grey value: ITU-R 601, as Pillow and torchvision."""
+
+KERNEL_SIGMAS = 3.0
+"""Where the blur's kernel may end, in standard deviations: beyond lies 0.3 % of its weight, at most 0.7 grey levels."""
+
+MIN_DECODE_PX = 384
+"""Short side, px, that an image keeps at least when it is decoded at a part of its size, up to views of 224 px."""
+
 
 @dataclass(frozen=True)
 class ViewPolicy:
@@ -167,3 +176,8 @@ def blur_range_px(global_px: int) -> tuple[float, float]:
     its ratio to the global view.
     """
     return 0.1 * global_px / PUBLISHED_PX, 2.0 * global_px / PUBLISHED_PX
+
+
+def min_decode_px(global_px: int) -> int:
+    """Short side, px, that a decoded image keeps at least: 384, in proportion for global views above 224 px."""
+    return max(MIN_DECODE_PX, -(-MIN_DECODE_PX * global_px // PUBLISHED_PX))

@@ -8,7 +8,7 @@ from PIL import Image
 
 from midge.runtime.errors import UserError
 from midge.runtime.images import list_images, load_image
-from midge.train.crops import crop_view
+from midge.train.cpu_views import cut_batch
 from midge.train.datasets import ViewDataset, load_batches
 from midge.train.sampling import ViewSampler, epoch_order
 from midge.train.views import AUGMENTATIONS, blur_range_px, view_policy
@@ -18,17 +18,22 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 POLICY = view_policy("lowcompute", "cnn", 32)
 
 
-def dataset(folder, batch_size=4, seed=0):
+def dataset(folder, batch_size=4, seed=0, executor="cpu", min_px=None):
     sampler = ViewSampler(POLICY, AUGMENTATIONS["dino"], blur_range_px(32), seed)
-    return ViewDataset(list_images(folder), POLICY, sampler, batch_size, seed)
+    return ViewDataset(list_images(folder), POLICY, sampler, batch_size, seed, executor=executor, min_px=min_px)
 
 
 def assert_equal(a, b):
-    for x, y in zip(a[:2], b[:2], strict=True):
-        assert torch.equal(x, y)
-    for x, y in zip(a[2:4], b[2:4], strict=True):
-        for name, array in vars(x).items():
-            assert np.array_equal(array, getattr(y, name)), name
+    """Two batches of any executor, bit by bit."""
+    assert type(a) is type(b)
+    for x, y in zip(a, b, strict=True):
+        assert type(x) is type(y)
+        if isinstance(x, torch.Tensor):
+            assert torch.equal(x, y)
+        elif isinstance(x, np.ndarray):
+            assert np.array_equal(x, y)
+        elif isinstance(x, tuple):
+            assert_equal(x, y)
 
 
 def test_batch_has_the_policys_views(image_folder):
@@ -38,35 +43,29 @@ def test_batch_has_the_policys_views(image_folder):
     assert batch.global_views.shape == (2 * 4, 32, 32, 3)
     assert batch.local_views.shape == (6 * 4, 18, 18, 3)
     assert batch.global_views.dtype == torch.uint8
-    assert (len(batch.global_parameters.flip), len(batch.local_parameters.flip)) == (8, 24)
     assert batch.unreadable == []
-    shares = batch.global_parameters.height * batch.global_parameters.width / 28**2
-    assert shares.min() > 0.28
-    shares = batch.local_parameters.height * batch.local_parameters.width / 28**2
-    assert 0.04 < shares.min() < shares.max() < 0.32
 
 
-def test_views_are_the_crops_of_the_epochs_images(image_folder):
+def test_views_are_those_of_the_epochs_images(image_folder):
     data = dataset(image_folder(10), seed=3)
     step = 3  # the second batch of the second epoch
-    batch = data[step]
     indices = epoch_order(3, 1, 10)[4:8]
-    for n, index in enumerate(indices):
-        image = load_image(data.images.path(index))
-        for view, (views, p) in enumerate(
-            [(batch.global_views, batch.global_parameters)] * 2 + [(batch.local_views, batch.local_parameters)] * 6
-        ):
-            row = (view if view < 2 else view - 2) * 4 + n
-            expected = np.empty(views.shape[1:], dtype=np.uint8)
-            crop_view(image, p.top[row], p.left[row], p.height[row], p.width[row], bool(p.flip[row]), expected)
-            assert np.array_equal(views[row].numpy(), expected)
+    images = [load_image(data.images.path(index)) for index in indices]
+    parameters = data.sampler(1, indices, np.full(4, 28), np.full(4, 28))
+    assert_equal(data[step], cut_batch([(images, parameters)], 4, POLICY)._replace(unreadable=[]))
+    for index in range(4):  # one by one, though read together
+        alone = data.sampler(1, indices[index : index + 1], np.array([28]), np.array([28]))
+        views = cut_batch([(images[index : index + 1], alone)], 1, POLICY)
+        assert torch.equal(views.local_views, data[step].local_views[index::4])
 
 
-def test_batches_do_not_depend_on_the_number_of_workers(image_folder):
-    data = dataset(image_folder(18))
+@pytest.mark.parametrize("executor", ["cpu", "device"])
+def test_batches_do_not_depend_on_the_number_of_workers(image_folder, executor):
+    data = dataset(image_folder(18), executor=executor)
     here = list(load_batches(data, 0, 8, workers=0, pin_memory=False))
     elsewhere = list(load_batches(data, 0, 8, workers=2, pin_memory=False))
     assert (len(here), len(elsewhere)) == (8, 8)
+    assert_equal(elsewhere[5], data[5])  # arrays are arrays still: what stays on the host is not sent to a device
     for a, b in zip(here, elsewhere, strict=True):
         assert_equal(a, b)
 
@@ -87,8 +86,9 @@ def test_reading_batches_draws_nothing_from_the_trainings_generator(image_folder
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_data_set_goes_to_spawned_workers(image_folder):
-    data = dataset(image_folder(8))
+@pytest.mark.parametrize("executor", ["cpu", "device"])
+def test_data_set_goes_to_spawned_workers(image_folder, executor):
+    data = dataset(image_folder(8), executor=executor)
     assert_equal(pickle.loads(pickle.dumps(data))[1], data[1])
 
 
@@ -131,8 +131,21 @@ def test_when_nothing_is_readable_the_main_process_hears_of_all(image_folder):
 def test_images_smaller_than_the_crop(tmp_path, size):
     for index in range(4):
         Image.new("RGB", size, (200, 30, 60)).save(tmp_path / f"{index}.png")
-    batch = dataset(tmp_path)[0]
+    data = dataset(tmp_path)
+    for flat in (data.sampler.chance[name] for name in ("jitter", "grayscale", "solarize")):
+        flat[:] = 0
+    batch = data[0]
     assert torch.equal(batch.local_views, torch.tensor([200, 30, 60], dtype=torch.uint8).expand_as(batch.local_views))
+
+
+def test_large_images_are_decoded_at_a_part_of_their_size(tmp_path):
+    for index in range(4):
+        Image.new("RGB", (300, 200), (200, 30, 60)).save(tmp_path / f"{index}.jpg")
+    whole, part = dataset(tmp_path, executor="device")[0], dataset(tmp_path, executor="device", min_px=100)[0]
+    assert whole.sizes.max() > 150
+    assert part.sizes.max() <= 150
+    for ours, theirs in zip(whole.global_steps, part.global_steps, strict=True):  # the same draws
+        assert np.array_equal(ours, theirs)
 
 
 def test_fewer_images_than_a_batch(image_folder):

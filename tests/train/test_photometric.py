@@ -17,6 +17,7 @@ from midge.train.photometric import (
     adjust_saturation,
     gaussian_blur,
     luma,
+    plan_steps,
     solarize,
 )
 from midge.train.sampling import ViewParameters, ViewSampler
@@ -106,6 +107,12 @@ def draw(px, number, seed=0):
     return parameters.take(slice(0, 2))
 
 
+def finish(views, parameters, mean=IMAGENET_MEAN, std=IMAGENET_STD, px=224):
+    """Photometric of (M, h, w, 3) uint8."""
+    x = (views.permute(0, 3, 1, 2) / 255).contiguous()
+    return Photometric(mean, std, blur_range_px(px)[1], CPU)(x, plan_steps(parameters))
+
+
 def row(parameters: ViewParameters, index: int) -> dict:
     return {name: array[index] for name, array in vars(parameters).items()}
 
@@ -149,9 +156,7 @@ def test_chain_equals_torchvision_sample_by_sample():
     px, number = 224, 16
     views = photos(2 * number, px)
     parameters = draw(px, number)
-    photometric = Photometric(IMAGENET_MEAN, IMAGENET_STD, blur_range_px(px)[1], CPU)
-    got = photometric(torch.from_numpy(views), parameters)
-    assert photometric.blur_radius == 6
+    got = finish(torch.from_numpy(views), parameters)
     assert got.is_contiguous(memory_format=torch.channels_last)
     for index, view in enumerate(views):
         expected = torchvision_chain(torch.from_numpy(view).permute(2, 0, 1) / 255, row(parameters, index), 6)
@@ -164,8 +169,7 @@ def test_chain_is_near_pillow():
     px, number = 64, 40
     views = photos(2 * number, px)
     parameters = draw(px, number)
-    photometric = Photometric((0, 0, 0), (1 / 255,) * 3, blur_range_px(px)[1], CPU)
-    got = photometric(torch.from_numpy(views), parameters).permute(0, 2, 3, 1).numpy()
+    got = finish(torch.from_numpy(views), parameters, (0, 0, 0), (1 / 255,) * 3, px).permute(0, 2, 3, 1).numpy()
     means, largest = [], []
     for index, view in enumerate(views):
         if parameters.solarize[index]:  # a level on the other side of the threshold is far away; tested above
@@ -187,16 +191,15 @@ def test_parameters_that_do_nothing_give_the_normalized_image():
     views = torch.from_numpy(photos(4, 32))
     still = {name: np.zeros_like(array) for name, array in vars(draw(32, 2)).items()}
     still["jitter_order"] = np.full_like(still["jitter_order"], -1)
-    photometric = Photometric(IMAGENET_MEAN, IMAGENET_STD, 0.3, CPU)
-    got = photometric(views, ViewParameters(**still))
+    got = finish(views, ViewParameters(**still), px=32)
     torch.testing.assert_close(got, normalize(views.permute(0, 3, 1, 2) / 255), rtol=0, atol=1e-6)
 
 
 def test_a_sample_does_not_depend_on_the_batch():
     views = torch.from_numpy(photos(8, 32))
     parameters = draw(32, 4)
-    photometric = Photometric(IMAGENET_MEAN, IMAGENET_STD, blur_range_px(32)[1], CPU)
-    together = photometric(views, parameters)
+    together = finish(views, parameters, px=32)
     for index in range(8):
         alone = ViewParameters(**{name: array[index : index + 1] for name, array in vars(parameters).items()})
-        torch.testing.assert_close(photometric(views[index : index + 1], alone)[0], together[index], rtol=0, atol=1e-6)
+        single = finish(views[index : index + 1], alone, px=32)[0]
+        torch.testing.assert_close(single, together[index], rtol=0, atol=1e-6)

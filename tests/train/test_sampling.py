@@ -68,16 +68,43 @@ def kolmogorov_smirnov(a, b):
     ).max()
 
 
+DRAWS = 20_000
+KS_BOUND = 1.95 / math.sqrt(DRAWS)  # a true null hypothesis exceeds it once in a thousand
+
+
 @pytest.mark.parametrize(("view", "scale"), [(0, (0.3, 1.0)), (3, (0.05, 0.3))])
 def test_boxes_are_distributed_as_torchvisions(view, scale):
-    n = 2000
-    views = sample(range(n))
+    views = sample(range(DRAWS))
     ours = np.stack([views.top[view], views.left[view], views.height[view], views.width[view]])
     torch.manual_seed(0)
     image = torch.empty(3, 375, 500)
-    theirs = np.array([RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(n)]).T
-    for mine, reference in zip(ours, theirs, strict=True):
-        assert kolmogorov_smirnov(mine, reference) < 1.95 * math.sqrt(2 / n)  # the bound at a chance of 0.1 %
+    theirs = np.array([RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(DRAWS)]).T
+    for mine, reference in zip(
+        [*ours, ours[2] * ours[3], ours[3] / ours[2]],  # and areas and aspects
+        [*theirs, theirs[2] * theirs[3], theirs[3] / theirs[2]],
+        strict=True,
+    ):
+        assert kolmogorov_smirnov(mine, reference) < math.sqrt(2) * KS_BOUND
+
+
+def distance_from_uniform(values, low, high):
+    """Kolmogorov-Smirnov's, of one sample."""
+    share = (np.sort(values) - low) / (high - low)
+    steps = np.arange(len(values) + 1) / len(values)
+    return max((steps[1:] - share).max(), (share - steps[:-1]).max())
+
+
+def test_factors_and_blur_are_uniform_and_flips_fair():
+    views = sample(range(DRAWS))
+    for kind, (low, high) in enumerate([(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]):
+        for view in (0, 1, 5):
+            assert distance_from_uniform(views.jitter_factor[view, :, kind], low, high) < KS_BOUND
+    assert distance_from_uniform(views.blur_sigma[0], 0.1, 2.0) < KS_BOUND
+    some = views.blur_sigma[4]
+    assert distance_from_uniform(some[some > 0], 0.1, 2.0) < 1.95 / math.sqrt((some > 0).sum())
+    assert np.abs(views.flip.mean(axis=1) - 0.5).max() < 4 * math.sqrt(0.25 / DRAWS)
+    together = np.corrcoef(np.stack([views.flip[0], views.flip[1], views.grayscale[0], views.jitter_factor[0, :, 0]]))
+    assert np.abs(together - np.eye(4)).max() < 4 / math.sqrt(DRAWS)  # one choice says nothing about another
 
 
 def test_chances_and_ranges():

@@ -384,3 +384,33 @@ def test_views_auto_fix_the_local_size_once(image_folder, tmp_path):
     assert pretrain(dataclasses.replace(config, resume=True)) == 0
     with pytest.raises(UserError, match="local_px 18 there and 20 now"):
         pretrain(dataclasses.replace(config, resume=True, local_px=20))
+
+
+def test_device_executor_repeats_resumes_and_is_not_mixed_with_the_other(image_folder, tmp_path):
+    data = image_folder()
+    for name, workers in (("a", 0), ("b", 1)):
+        assert pretrain(tiny(data, tmp_path / name, epochs=1.0, workers=workers, view_executor="device")) == 0
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    killed = tiny(data, tmp_path / "killed", workers=1, view_executor="device", epochs=30.0)
+    kill_after_the_first_checkpoint(killed, tmp_path)
+    with pytest.raises(UserError, match="view_executor 'device' there and 'cpu' now"):
+        pretrain(dataclasses.replace(killed, resume=True, view_executor="cpu"))
+    assert pretrain(dataclasses.replace(killed, resume=True)) == 0
+    assert pretrain(tiny(data, tmp_path / "whole", view_executor="device", epochs=30.0)) == 0
+    assert weights(killed.out) == weights(tmp_path / "whole")
+
+
+def test_decode_cache_changes_nothing_but_the_time(image_folder, tmp_path, capsys):
+    data = image_folder(30)
+    (data / "003.png").write_bytes(b"broken")
+    changes = {"epochs": 1.0, "max_unreadable": 0.05, "workers": 1}
+    assert pretrain(tiny(data, tmp_path / "plain", **changes)) == 0
+    capsys.readouterr()
+    assert pretrain(tiny(data, tmp_path / "cached", decode_cache=tmp_path / "cache", **changes)) == 0
+    assert weights(tmp_path / "plain") == weights(tmp_path / "cached")
+    error = capsys.readouterr().err
+    assert "for 30 images." in error
+    assert error.count("Skipped") == 1
+    other = image_folder(20, name="others")
+    with pytest.raises(UserError, match="was made from other images"):
+        pretrain(tiny(other, tmp_path / "other", decode_cache=tmp_path / "cache", epochs=1.0))

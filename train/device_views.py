@@ -118,7 +118,7 @@ class DeviceViews:
 
     def _groups(self, batch: PackedBatch) -> Iterator[tuple[slice, Tensor]]:
         """Neighbouring images, each group (n, H, 3, W) in grey levels, padded with zeros to its largest image."""
-        parts = batch.pixels.split(batch.sizes.prod(axis=1).__mul__(3).tolist())
+        parts = batch.pixels.split((3 * batch.sizes.prod(axis=1)).tolist())
         sizes = batch.sizes.tolist()
         for group in group_images(batch.sizes):
             height, width = (-(-side // MULTIPLE) * MULTIPLE for side in batch.sizes[group].max(axis=0).tolist())

@@ -2,7 +2,7 @@
 
 The law is that of ``photometric.py``, which does the same to whole groups on a device, and of torchvision. Each step is
 computed exactly and rounded to the nearest grey level, where Pillow cuts the fraction off. OpenCV's vector kernels take
-a sixth of the time of Pillow's.
+a tenth of the time of Pillow's.
 """
 
 from __future__ import annotations

@@ -7,15 +7,14 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ..runtime.images import ImageList, UnreadableBudget, UnreadableImageError
-from .datasets import cut_views
-from .photometric import Photometric
+from .cpu_views import cut_views
+from .jpeg import load
 from .sampling import ViewParameters, ViewSampler
 from .view_statistics import overlaps
-from .views import ViewPolicy
+from .views import ViewPolicy, min_decode_px
 
 SOURCE_PX = 480  # longer side of the source image on the page
 SHOWN_PX = 224  # views are shown no larger
@@ -78,32 +77,28 @@ def show_images(
     Raises:
         UserError: too many are unreadable.
     """
-    recolour = Photometric((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), sampler.blur_px[1], torch.device("cpu"))
+    min_px = min_decode_px(policy.global_px)
     shown = []
     for index in candidates.tolist():
         if len(shown) == number:
             break
         try:
-            pixels = images.load(index)
+            pixels = load(images, index, min_px)
         except UnreadableImageError as error:
             budget.skip(error)
             continue
         drawn = sampler(0, np.array([index]), *np.array(pixels.shape[:2])[:, None])
-        views = _render(pixels, drawn, policy, recolour)
+        views = _render(pixels, drawn, policy)
         shown.append(_describe(images.paths[index], pixels, drawn, views))
     return shown
 
 
-def _render(pixels: np.ndarray, drawn: ViewParameters, policy: ViewPolicy, recolour: Photometric) -> list[np.ndarray]:
+def _render(pixels: np.ndarray, drawn: ViewParameters, policy: ViewPolicy) -> list[np.ndarray]:
     """The views of one image as the network gets them, before the normalization: (px, px, 3) uint8 each."""
-    kinds = ((slice(0, 2), 2, policy.global_px), (slice(2, None), policy.num_local, policy.local_px))
-    groups = [np.empty((number, 1, px, px, 3), dtype=np.uint8) for _, number, px in kinds]
-    cut_views([pixels], drawn, [view for group in groups for view in group])
-    views: list[np.ndarray] = []
-    for group, (kind, _, _) in zip(groups, kinds, strict=True):
-        coloured = recolour(torch.from_numpy(group[:, 0]), drawn.take(kind))  # (views, 3, px, px) in 0..1
-        views += list(coloured.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
-    return views
+    sizes = [policy.global_px] * 2 + [policy.local_px] * policy.num_local
+    views = [np.empty((1, px, px, 3), dtype=np.uint8) for px in sizes]
+    cut_views([pixels], drawn, views)
+    return [view[0] for view in views]
 
 
 def _describe(name: str, pixels: np.ndarray, drawn: ViewParameters, views: list[np.ndarray]) -> ShownImage:

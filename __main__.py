@@ -48,7 +48,7 @@ COMMANDS = {
     "pretrain": Command(
         "self-supervised pretraining",
         "train.config:PretrainConfig",
-        "train.trainer:pretrain",
+        "train.pretrain:pretrain",
         defaults="train.recipes:defaults",
     ),
     "watch": Command("curves of a run in the terminal", "train.watch_config:WatchConfig", "train.watch:watch"),

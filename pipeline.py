@@ -184,11 +184,12 @@ def quickstart(config: RunConfig, paths: Paths) -> dict[str, Callable[[], int]]:
     train, test = config.data / "train", config.data / "test"
 
     def pretrain() -> int:
-        from .train import recipes, trainer
+        from .train import recipes
+        from .train.pretrain import pretrain as run_pretraining
 
         changes = {"epochs": config.epochs, "batch_size": config.batch_size}
         changes = {name: value for name, value in changes.items() if value is not None}
-        return trainer.pretrain(
+        return run_pretraining(
             recipes.quickstart(train, paths.run, limit=config.limit, seed=config.seed, resume=True, **changes)
         )
 

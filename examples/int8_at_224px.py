@@ -18,8 +18,8 @@ from midge.profiles.compare import compare
 from midge.profiles.compare_config import CompareConfig
 from midge.profiles.config import ProfileConfig
 from midge.profiles.profile import profile
+from midge.train.pretrain import pretrain
 from midge.train.recipes import dino_cnn
-from midge.train.trainer import pretrain
 
 
 def main() -> None:

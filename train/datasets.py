@@ -7,7 +7,7 @@ a run resumes at any step, and there is no gap between epochs. The last, incompl
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -144,7 +144,9 @@ class ViewDataset(Dataset[Any]):
         return load(self.images, index, self.min_px)
 
 
-def load_batches(dataset: ViewDataset, first_step: int, end_step: int, workers: int, pin_memory: bool) -> Iterator[Any]:
+def load_batches(
+    dataset: ViewDataset, first_step: int, end_step: int, workers: int, pin_memory: bool
+) -> Generator[Any, None, None]:
     """The batches of steps ``first_step`` to ``end_step - 1``, portion by portion, read ahead by worker processes.
 
     The processes live until the last step: to the loader, all epochs are one.
@@ -166,7 +168,13 @@ def load_batches(dataset: ViewDataset, first_step: int, end_step: int, workers: 
         worker_init_fn=ignore_stop_signals,
         generator=torch.Generator(),  # the workers' seeds are not drawn from the generator that the training uses
     )
-    return iter(loader)
+    iterator = iter(loader)
+    try:
+        yield from iterator
+    finally:
+        # The workers end when the iterator goes. Kept by the traceback of an error, it would wait for them at exit, for
+        # they ignore the signal that is to end them.
+        del iterator
 
 
 def as_it_is(batch: Any) -> Any:

@@ -28,12 +28,14 @@ from midge.profiles.statistics import paired_latency
 from midge.runtime.files import write_json
 from midge.runtime.images import list_images
 from midge.train.backbones import find_backbone
+from midge.train.engine import build_fabric
 from midge.train.executors import rendered
 from midge.train.method import Views
+from midge.train.pretrain import build_dataset
 from midge.train.recipes import METHOD_RECIPES, RECIPES
 from midge.train.run_folder import RunFolder
 from midge.train.small_data import fit_to_data
-from midge.train.trainer import Trainer, build_dataset, build_fabric
+from midge.train.trainer import Trainer
 
 
 def main() -> None:

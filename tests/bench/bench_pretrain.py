@@ -25,10 +25,12 @@ from PIL import Image
 from midge.runtime.images import list_images
 from midge.train.backbones import find_backbone
 from midge.train.config import PretrainConfig
+from midge.train.engine import build_fabric
 from midge.train.interruption import StopRequest
+from midge.train.pretrain import build_dataset
 from midge.train.recipes import quickstart
 from midge.train.run_folder import RunFolder
-from midge.train.trainer import Trainer, build_dataset, build_fabric
+from midge.train.trainer import Trainer
 
 
 def main() -> None:

@@ -37,12 +37,14 @@ from midge.train.backbones import find_backbone
 from midge.train.config import PretrainConfig
 from midge.train.datasets import ViewDataset, load_batches
 from midge.train.decode_cache import open_cache
+from midge.train.engine import build_fabric
 from midge.train.executors import map_tensors, rendered
 from midge.train.method import Views
 from midge.train.optim import prepare_step
+from midge.train.pretrain import build_dataset
 from midge.train.recipes import quickstart
 from midge.train.run_folder import RunFolder
-from midge.train.trainer import Trainer, build_dataset, build_fabric
+from midge.train.trainer import Trainer
 from midge.train.views import AUGMENTATIONS
 
 

@@ -59,7 +59,7 @@ def start(config, tmp_path, processes):
     script.write_text(
         "import sys, torch; torch.set_num_threads(1)\nfrom pathlib import PosixPath\n"
         "from midge.__main__ import main\nimport midge.__main__ as cli\n"
-        "from midge.train.config import PretrainConfig\nfrom midge.train.trainer import pretrain\n"
+        "from midge.train.config import PretrainConfig\nfrom midge.train.pretrain import pretrain\n"
         f"config = {config!r}\n"
         "cli.dispatch = lambda argv: pretrain(config)\n"  # with main's handling of errors around it
         "sys.exit(main(['pretrain']))\n"

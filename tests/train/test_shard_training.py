@@ -20,8 +20,8 @@ from midge.runtime.shard_index import INDEX_FILE
 from midge.train.data_config import PackConfig
 from midge.train.datasets import Share, load_batches
 from midge.train.pack import pack
+from midge.train.pretrain import pretrain
 from midge.train.recipes import quickstart
-from midge.train.trainer import pretrain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,8 +20,8 @@ from midge.runtime.errors import UserError
 from midge.runtime.images import list_images, load_image
 from midge.runtime.torch_model import load_model
 from midge.train import checkpoint
+from midge.train.pretrain import pretrain
 from midge.train.recipes import moco_cnn, quickstart
-from midge.train.trainer import pretrain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -143,7 +143,7 @@ def kill_after_the_first_checkpoint(config, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
         "import pathlib, torch; torch.set_num_threads(1)\n"
-        "from midge.train.config import PretrainConfig; from midge.train.trainer import pretrain\n"
+        "from midge.train.config import PretrainConfig; from midge.train.pretrain import pretrain\n"
         f"from pathlib import PosixPath\npretrain({config!r})\n"
     )
     process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)

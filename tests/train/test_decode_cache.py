@@ -13,7 +13,9 @@ import pytest
 
 from midge.runtime.errors import UserError
 from midge.runtime.images import UnreadableImageError, fingerprint, list_images, load_image
+from midge.train.data_config import PackConfig
 from midge.train.decode_cache import open_cache
+from midge.train.pack import pack
 
 
 def opened(data, folder, min_px=None, limit=None):
@@ -193,3 +195,12 @@ def test_a_killed_maker_leaves_the_way_free(image_folder, tmp_path):
     assert len(left(tmp_path)) == 2  # the lock and the half
     assert opened(data, tmp_path / "cache").load(0).shape == (28, 28, 3)
     assert left(tmp_path) == [".cache.lock", "cache"]
+
+
+def test_images_in_shards(image_folder, tmp_path):
+    data = image_folder(12)
+    assert pack(PackConfig(data, tmp_path / "shards")) == 0
+    images = list_images(tmp_path / "shards")
+    cache = open_cache(tmp_path / "cache", images, fingerprint(images), None, workers=2)
+    for index in range(12):
+        np.testing.assert_array_equal(cache.load(index), images.load(index))

@@ -17,7 +17,7 @@ class PretrainConfig:
 
     # Where from and where to.
     data: Path
-    """Folder of images, of any nesting."""
+    """Folder of images, of any nesting, or of tar shards."""
     out: Path
     """Run folder to write: config.json, metrics.jsonl, checkpoints, backbone.safetensors."""
     resume: bool = False

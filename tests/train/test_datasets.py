@@ -1,3 +1,4 @@
+import multiprocessing
 import pickle
 import shutil
 
@@ -165,3 +166,12 @@ def test_large_batches_are_read_in_chunks(image_folder):
     shutil.copy(folder / "000.png", folder / "zzz.png")
     halves = dataset(folder, batch_size=35)
     assert halves.steps_per_epoch == 2
+
+
+def test_workers_end_with_the_batches(image_folder):
+    batches = load_batches(dataset(image_folder(10)), 0, 2, workers=2, pin_memory=False)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()  # what is left of it, as a traceback would keep it, holds no worker
+    assert multiprocessing.active_children() == []
+    assert list(batches) == []

@@ -117,7 +117,14 @@ def terminal(run: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     leader, follower = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
     command = [sys.executable, "-m", "midge", "watch", str(run), "--every-s", "0.2"]
-    process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=environment)
+    process = subprocess.Popen(
+        command,
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background has it ignored
+    )
     os.close(follower)
     yield process, leader
     if process.poll() is None:

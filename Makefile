@@ -29,9 +29,10 @@ $(DATA)/SOURCE.json: | $(STAMP)
 demo: $(STAMP) $(DATA)/SOURCE.json ## The main job: pretrain, export, quantize, measure, compare (about 8 minutes on 2 cores)
 	$(BIN)/midge run quickstart --data $(DATA) --out $(DEMO) --resume
 
-# Only a test whose process died is run again, once; a failed assertion never is. CONTRIBUTING says why.
+# Two processes with a thread each: more threads than cores wait for each other. Only a test whose process died is run
+# again, once; a failed assertion never is. CONTRIBUTING says why.
 test: check ## Install, lint, type-check and run the tests
-	$(BIN)/python -m pytest -n 2 --reruns 1 --only-rerun 'crashed while running' $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --reruns 1 --only-rerun 'crashed while running' $(PYTEST_ARGS)
 
 check: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check .

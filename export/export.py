@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -16,29 +15,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import __version__
-from ..runtime.artifact import NAME, load_artifact, write_manifest
+from ..runtime.artifact import NAME, REFERENCE, load_artifact, write_manifest
 from ..runtime.backend import predict
-from ..runtime.errors import UserError, require
+from ..runtime.errors import UserError
 from ..runtime.files import atomic_folder, read_json, refuse_existing, sha256_file, write_json
 from ..runtime.golden import write_golden
 from ..runtime.torch_backend import TorchBackend
-from ..runtime.torch_model import ModelSpec, load_model, save_model
+from ..runtime.torch_model import ModelSpec, load_model
 from .calibration import Samples, draw_samples, find_images
 from .config import ExportConfig
+from .fold import fold_batch_norm
 from .onnx_export import export_onnx, save_onnx
-from .openvino_export import import_nncf, quantize_openvino, save_openvino
-from .quantize import DIALECTS, METHOD, is_transformer, measure_ranges, quantize_onnx, ranges_json
-from .targets import REFERENCE, select_variants
+from .quantize import METHOD, Ranges, measure_ranges
+from .targets import select_variants
+from .writers import WRITERS, Source, check_packages
 
 if TYPE_CHECKING:
-    from onnxruntime.quantization.calibrate import TensorsData
     from torch import nn
 
-NOTES = {
-    REFERENCE: "The reference that every variant is compared with.",
-    "openvino-int8": "Quantized by NNCF on the same calibration images.",
-    **{name: dialect.note for name, dialect in DIALECTS.items()},
-}
 TOOLS = ("torch", "timm", "onnx", "onnxscript", "onnxslim", "onnxruntime", "numpy", "pillow")
 OPENVINO_TOOLS = ("openvino", "nncf")
 
@@ -64,9 +58,11 @@ def export_run(config: ExportConfig) -> int:
     with atomic_folder(config.out) as folder:
         kind = "classifier" if stem == "classifier" else "embedding"
         output_name = "logits" if kind == "classifier" else "features"
-        models, ranges = write_variants(folder, variants, model, spec, output_name, samples, seconds)
+        written = (REFERENCE, *variants)
+        ranges = write_variants(folder, written, model, spec, output_name, samples, seconds)
+        models = {variant: f"{variant}/{WRITERS[variant].model}" for variant in written}
         with timed(seconds, "golden"):
-            outputs = write_reference(folder, folder / models[REFERENCE], samples)
+            outputs = write_golden_pack(folder, folder / models[REFERENCE], samples)
         if count:
             write_calibration(folder, samples, ranges, config.seed, tool_versions(variants))
         write_manifest(
@@ -78,7 +74,7 @@ def export_run(config: ExportConfig) -> int:
             preprocess=spec.preprocess,
             labels=spec.labels,
             models=models,
-            notes={variant: NOTES.get(variant, "") for variant in models},
+            notes={variant: WRITERS[variant].note for variant in models},
             origin=describe_origin(config.run, stem, spec, samples),
             tools=tool_versions(variants),
             output_name=output_name,
@@ -100,22 +96,6 @@ def artifact_name(config: ExportConfig) -> str:
             "a letter or digit first. Give one with --name."
         )
     return name
-
-
-def check_packages(variants: Sequence[str]) -> None:
-    """Import what the variants need, so that a missing package is said before any work.
-
-    Raises:
-        UserError: one is not installed.
-    """
-    for module in ("torch", "timm", "safetensors"):
-        require(module, "train")
-    for module in ("onnx", "onnxscript", "onnxslim"):
-        require(module, "export")
-    if any(variant.startswith("openvino") for variant in variants):
-        require("openvino", "openvino")
-    if "openvino-int8" in variants:
-        import_nncf()
 
 
 def find_stem(run: Path) -> str:
@@ -141,42 +121,32 @@ def write_variants(
     output_name: str,
     samples: Samples,
     seconds: dict[str, float],
-) -> tuple[dict[str, str], dict[str, list[float]]]:
-    """Write the reference and the variants.
+) -> Ranges:
+    """Write the variants, each into the folder of its name.
 
     Returns:
-        Variant -> path of its model, relative to ``folder``; and the measured ranges of the activations, by tensor.
+        The ranges of the activations, by tensor; empty where no variant needed them.
     """
-    models = {REFERENCE: f"{REFERENCE}/model.safetensors"}
-    save_model(folder / REFERENCE, "model", model, spec)
     images = samples.calibration.inputs
     with tempfile.TemporaryDirectory() as work:
-        onnx_path = Path(work) / "model.onnx"  # what every other variant is made from
+        onnx_path = Path(work) / "model.onnx"
         with timed(seconds, "onnx"):
-            graph = export_onnx(model, spec.input_px, output_name)
+            folded = fold_batch_norm(model, spec.input_px)
+            graph = export_onnx(folded, spec.input_px, output_name)
             save_onnx(graph, onnx_path)
-        ranges: TensorsData | None = None
-        if any(variant in DIALECTS for variant in variants):
+        ranges: Ranges = {}
+        if any(WRITERS[variant].needs_ranges for variant in variants):
             with timed(seconds, "calibration"):
                 ranges = measure_ranges(onnx_path, images)
+        source = Source(model, folded, spec, graph, onnx_path, images, ranges)
         for variant in variants:
-            extension = "xml" if variant.startswith("openvino") else "onnx"
-            models[variant] = f"{variant}/model.{extension}"
-            path = folder / models[variant]
+            writer = WRITERS[variant]
             with timed(seconds, variant):
-                if ranges is not None and variant in DIALECTS:
-                    save_onnx(quantize_onnx(onnx_path, ranges, DIALECTS[variant]), path)
-                elif variant == "openvino-int8":
-                    quantize_openvino(onnx_path, path, images, is_transformer(graph))
-                elif variant == "openvino-fp32":
-                    save_openvino(onnx_path, path)
-                else:
-                    path.parent.mkdir()
-                    shutil.copy(onnx_path, path)
-    return models, {} if ranges is None else ranges_json(ranges)
+                writer.write(source, folder / variant / writer.model)
+    return ranges
 
 
-def write_reference(folder: Path, model: Path, samples: Samples) -> np.ndarray:
+def write_golden_pack(folder: Path, model: Path, samples: Samples) -> np.ndarray:
     """Write golden.npz.
 
     Returns:
@@ -195,9 +165,7 @@ def write_reference(folder: Path, model: Path, samples: Samples) -> np.ndarray:
     return outputs
 
 
-def write_calibration(
-    folder: Path, samples: Samples, ranges: dict[str, list[float]], seed: int, tools: dict[str, str]
-) -> None:
+def write_calibration(folder: Path, samples: Samples, ranges: Ranges, seed: int, tools: dict[str, str]) -> None:
     """Write calibration.json: the images, how they were drawn, and the ranges that were found with them."""
     calibration = {
         "schema": 1,
@@ -206,7 +174,7 @@ def write_calibration(
         "evaluation_images": samples.evaluation_images,
         "excluded": samples.excluded,
         "images": samples.calibration.to_json(),
-        "ranges": ranges,
+        "ranges": {name: list(low_high) for name, low_high in ranges.items()},
         "tools": tools,
     }
     write_json(folder / "calibration.json", calibration)

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 
 from ..runtime.errors import UserError, unknown_name
 
-REFERENCE = "torch-fp32"
-
 TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
     "onnx": {"fp32": ("onnx-fp32",), "int8": ("onnx-int8-u8", "onnx-int8-s8")},
     "openvino": {"fp32": ("openvino-fp32",), "int8": ("openvino-int8",)},

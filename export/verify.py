@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.artifact import RUNTIMES, Artifact, load_artifact, variant_runtime
+from ..runtime.artifact import REFERENCE, RUNTIMES, Artifact, load_artifact, variant_runtime
 from ..runtime.backend import Backend, missing_packages, open_backend
 from ..runtime.errors import UserError, unknown_name
 from ..runtime.golden import load_golden
@@ -23,7 +23,6 @@ from ..runtime.parity import Parity, compare_outputs
 from ..runtime.progress import say, track
 from .calibration import read_images
 from .config import VerifyConfig
-from .targets import REFERENCE
 
 
 @dataclass(frozen=True)

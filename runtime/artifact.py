@@ -24,6 +24,9 @@ SCHEMA = 1
 KINDS = ("classifier", "embedding")
 MANIFEST = "manifest.json"
 
+REFERENCE = "torch-fp32"
+"""The variant that every other is compared with; part of every artifact that midge writes."""
+
 # Target (the first word of a variant's name) -> runtime.
 RUNTIMES = {"torch": "torch", "onnx": "onnxruntime", "openvino": "openvino"}
 

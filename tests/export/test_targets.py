@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from midge.export.export import NOTES
 from midge.export.quantize import DIALECTS
-from midge.export.targets import REFERENCE, TARGETS, select_variants
-from midge.runtime.artifact import VARIANT_NAME, variant_runtime
+from midge.export.targets import TARGETS, select_variants
+from midge.export.writers import WRITERS
+from midge.runtime.artifact import REFERENCE, VARIANT_NAME, variant_runtime
+from midge.runtime.backend import BACKENDS
 from midge.runtime.errors import UserError
+
+ALL_TARGETS = ", ".join(sorted(TARGETS))
+PRECISIONS = ", ".join(sorted({precision for table in TARGETS.values() for precision in table}))
 
 
 def test_the_defaults_make_every_variant_once() -> None:
@@ -28,10 +32,10 @@ def test_some(targets: list[str], precisions: list[str], expected: tuple[str, ..
 @pytest.mark.parametrize(
     ("targets", "precisions", "says"),
     [
-        (["onnx", "ort8"], ["fp32"], "Unknown target 'ort8': choose one of onnx, openvino."),
-        (["onnx"], ["int4"], "Unknown precision 'int4': choose one of fp32, int8."),
-        ([], ["fp32"], "--targets names nothing: give one or more of onnx, openvino."),
-        (["onnx"], [], "--precision names nothing: give one or more of fp32, int8."),
+        (["onnx", "ort8"], ["fp32"], f"Unknown target 'ort8': choose one of {ALL_TARGETS}."),
+        (["onnx"], ["int4"], f"Unknown precision 'int4': choose one of {PRECISIONS}."),
+        ([], ["fp32"], f"--targets names nothing: give one or more of {ALL_TARGETS}."),
+        (["onnx"], [], f"--precision names nothing: give one or more of {PRECISIONS}."),
     ],
 )
 def test_errors_list_what_is_allowed(targets: list[str], precisions: list[str], says: str) -> None:
@@ -44,6 +48,6 @@ def test_every_variant_has_a_runtime_and_every_dialect_a_variant() -> None:
     variants = {name for table in TARGETS.values() for names in table.values() for name in names}
     for name in variants | {REFERENCE}:
         assert VARIANT_NAME.fullmatch(name)
-        assert variant_runtime(name) in {"torch", "onnxruntime", "openvino"}
+        assert variant_runtime(name) in BACKENDS
     assert set(DIALECTS) <= variants
-    assert set(NOTES) <= variants | {REFERENCE}
+    assert set(WRITERS) == variants | {REFERENCE}

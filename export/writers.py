@@ -1,0 +1,132 @@
+"""How each variant is made: one table, variant -> the function that writes it.
+
+All variants start from one network (batch normalization folded), one ONNX graph of it and one table of ranges.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..runtime.artifact import REFERENCE
+from ..runtime.errors import require
+from ..runtime.torch_model import ModelSpec, save_model
+from .onnx_export import save_onnx
+from .openvino_export import import_nncf, quantize_openvino, save_openvino
+from .quantize import DIALECTS, Ranges, is_transformer, quantize_onnx
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from torch import nn
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What the variants of an artifact are made from.
+
+    Attributes:
+        model: the network as it was trained, in eval mode on the CPU.
+        folded: the same with batch normalization folded into the convolutions.
+        spec: how to rebuild it, its preprocessing and labels.
+        graph: its FP32 ONNX graph, made from ``folded``.
+        onnx_path: a file that holds the graph.
+        images: (N, 3, H, W) float32, preprocessed calibration images; none where nothing is quantized.
+        ranges: of the graph's activations; empty where nothing needs them.
+    """
+
+    model: nn.Module
+    folded: nn.Module
+    spec: ModelSpec
+    graph: ModelProto
+    onnx_path: Path
+    images: np.ndarray
+    ranges: Ranges
+
+
+@dataclass(frozen=True)
+class Writer:
+    """How one variant is made.
+
+    Attributes:
+        model: name of the file or folder that the runtime loads, inside the variant's folder.
+        write: writes it, given the source and that path, whose folder is new and not yet there.
+        note: what a reader of the manifest should know.
+        needs_ranges: whether it takes the table of ranges.
+        packages: what it imports, by the extra that brings it.
+    """
+
+    model: str
+    write: Callable[[Source, Path], None]
+    note: str = ""
+    needs_ranges: bool = False
+    packages: tuple[tuple[str, str], ...] = ()
+
+
+def write_reference(source: Source, path: Path) -> None:
+    """``torch-fp32``: the weights, and how timm rebuilds the network."""
+    save_model(path.parent, path.stem, source.model, source.spec)
+
+
+def write_onnx(source: Source, path: Path) -> None:
+    """``onnx-fp32``: the graph that the other variants are made from."""
+    path.parent.mkdir()
+    shutil.copy(source.onnx_path, path)
+
+
+def onnx_dialect(variant: str) -> Writer:
+    """A variant of ``DIALECTS``."""
+    dialect = DIALECTS[variant]
+
+    def write(source: Source, path: Path) -> None:
+        save_onnx(quantize_onnx(source.onnx_path, source.ranges, dialect), path)
+
+    return Writer("model.onnx", write, dialect.note, needs_ranges=True)
+
+
+def write_openvino(source: Source, path: Path) -> None:
+    """``openvino-fp32``: the graph as OpenVINO's files."""
+    save_openvino(source.onnx_path, path)
+
+
+def write_openvino_int8(source: Source, path: Path) -> None:
+    """``openvino-int8``: the graph quantized by NNCF."""
+    quantize_openvino(source.onnx_path, path, source.images, is_transformer(source.graph))
+
+
+OPENVINO = (("openvino", "openvino"),)
+
+WRITERS: dict[str, Writer] = {
+    REFERENCE: Writer("model.safetensors", write_reference, "The reference that every variant is compared with."),
+    "onnx-fp32": Writer("model.onnx", write_onnx),
+    "onnx-int8-u8": onnx_dialect("onnx-int8-u8"),
+    "onnx-int8-s8": onnx_dialect("onnx-int8-s8"),
+    "openvino-fp32": Writer("model.xml", write_openvino, packages=OPENVINO),
+    "openvino-int8": Writer(
+        "model.xml",
+        write_openvino_int8,
+        "Quantized by NNCF on the same calibration images.",
+        packages=(*OPENVINO, ("nncf", "openvino")),
+    ),
+}
+
+
+def check_packages(variants: Sequence[str]) -> None:
+    """Import what the variants need, so that a missing package is said before any work.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    for module in ("torch", "timm", "safetensors"):
+        require(module, "train")
+    for module in ("onnx", "onnxscript", "onnxslim"):
+        require(module, "export")
+    for module, extra in dict.fromkeys(package for variant in variants for package in WRITERS[variant].packages):
+        if module == "nncf":
+            import_nncf()
+        else:
+            require(module, extra)

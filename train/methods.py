@@ -18,6 +18,7 @@ from .heads import DINOHead, ProjectionHead
 from .method import Method
 from .mocov2 import MoCoV2
 from .schedules import cosine, warmup_constant
+from .small_maps import use_small_map_products
 from .swav import SwAV
 from .views import ViewPolicy
 
@@ -57,6 +58,7 @@ class Plan:
             own_batch_norm: every process normalizes by itself.
         """
         backbone: Any = self.backbone.build(drop_path)
+        use_small_map_products(backbone)
         if self.config.compile:
             backbone.compile(dynamic=False)  # in place, so that names of weights stay; one graph per size of views
         network = MultiCropNetwork(backbone, head(feature_dim(backbone)), self.config.freeze_batch_norm)

@@ -3,7 +3,7 @@
 At 32 px the last stages of a ResNet see maps of 2 x 2 positions and of one. A kernel of 3 x 3 on one position meets it
 with its centre alone, all other taps meet padding: the convolution is a product with a ninth of its weights. oneDNN
 computes with all of them, and its backward pass takes 25 times as long as its forward pass; that of a depthwise
-convolution hundreds of times. ``tests/bench/bench_small_maps.py`` measures what is won.
+convolution more than 100 times. ``tests/bench/bench_small_maps.py`` measures what is won.
 """
 
 from __future__ import annotations

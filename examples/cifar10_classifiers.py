@@ -26,6 +26,7 @@ from midge.runtime.torch_model import ModelSpec, save_model
 from midge.train.backbones import feature_dim, find_backbone
 from midge.train.features import extract_features, pixels
 from midge.train.finetune import augment, cosine
+from midge.train.small_maps import use_small_map_products
 
 PX = 32
 VIT_PATCH_PX = 8
@@ -90,6 +91,7 @@ def main() -> None:
     model: Any = timm.create_model(given.backbone, num_classes=len(train_images.classes), **backbone.args)
     inputs, kept = pixels(train_images, preprocess, workers=1)
     assert train_images.labels is not None
+    use_small_map_products(model)
     train(model, inputs.reshape(-1, 3, PX, PX), train_images.labels[kept], given)
     accuracy = top1(model, test_images, preprocess)
     trained = {"method": "labels", "epochs": given.epochs, "lr": given.lr, "seed": given.seed, "images": len(kept)}

@@ -14,6 +14,7 @@ from ..runtime.preprocess import Preprocess
 from ..runtime.progress import Bar
 from .evaluation_config import LinearConfig
 from .features import image_batches
+from .small_maps import use_small_map_products
 
 MAX_SHIFT = 1 / 8  # of the image's side: 4 px at 32 px, as is usual for CIFAR
 
@@ -42,6 +43,7 @@ def finetune(
     peak_lr = config.finetune_lr * batch_size / 256
     generator = torch.Generator().manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)
+    use_small_map_products(model)
     model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), lr=peak_lr, momentum=0.9, nesterov=True)
     step = 0

@@ -60,6 +60,7 @@ COMMANDS = {
     ),
     "export": Command("run -> artifact, FP32 and INT8", "export.config:ExportConfig", "export.export:export_run"),
     "verify": Command("every variant against the reference", "export.config:VerifyConfig", "export.verify:verify"),
+    "lint": Command("will runtimes take an ONNX file, in integers?", "export.config:LintConfig", "export.lint:lint"),
     "profile": Command(
         "accuracy and cost through each runtime", "profiles.config:ProfileConfig", "profiles.profile:profile"
     ),

@@ -1,4 +1,4 @@
-"""The configurations of ``midge export`` and ``midge verify`` (no torch, no onnx)."""
+"""The configurations of ``midge export``, ``midge verify`` and ``midge lint`` (no torch, no onnx)."""
 
 from __future__ import annotations
 
@@ -105,3 +105,20 @@ class VerifyConfig:
     def check(self) -> None:
         """Refuse values that are out of range."""
         check_ranges(self, RANGES)
+
+
+@dataclass(frozen=True)
+class LintConfig:
+    """Say whether runtimes take an ONNX file and compute it in integers, without running it; exit code 1 where not."""
+
+    model: Positional[Path]
+    """ONNX file, or an artifact folder as midge export wrote it, of which every ONNX variant is looked at."""
+
+    targets: tuple[str, ...] = (
+        *("onnxruntime", "openvino", "tensorrt8", "tensorrt10", "tensorrt11", "tensorrt-rtx", "coreml"),
+    )
+    """Runtimes: onnxruntime (on a CPU), openvino (on a CPU), tensorrt8, tensorrt10, tensorrt11, tensorrt-rtx, coreml.
+    No INT8 file is good for all of them: name those you mean."""
+
+    json: bool = False
+    """Print one JSON document, with every node of every finding, instead of a summary."""

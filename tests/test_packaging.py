@@ -106,7 +106,7 @@ def test_help_answers_within_half_a_second() -> None:
     assert min(seconds() for _ in range(5)) < 0.5  # the best of five: the rest measures the machine's other work
 
 
-@pytest.mark.parametrize("command", ["pretrain", "export", "profile", "run", "linear"])
+@pytest.mark.parametrize("command", ["pretrain", "export", "lint", "profile", "run", "linear"])
 def test_the_help_of_a_command_imports_no_torch(command: str) -> None:
     code = (
         "import sys\nfrom midge.__main__ import main\n"

@@ -1,0 +1,356 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from midge.__main__ import main
+from midge.export import lint_read
+from midge.export.config import LintConfig
+from midge.export.lint import lint, lint_graph
+from midge.export.lint_read import read_graph
+from midge.export.lint_rule import SEVERITIES
+from midge.export.lint_rules import RULES
+from midge.export.lint_targets import TARGETS, TENSORRT
+from midge.runtime.errors import UserError
+
+TINY = Path(__file__).resolve().parents[1] / "data" / "tiny-artifact"
+U8 = TINY / "onnx-int8-u8" / "model.onnx"
+Change = Callable[[Any], object]
+
+
+def model(*changes: Change) -> onnx.ModelProto:
+    """A quantized convolution of (1, 2, 4, 4) by (2, 2, 1, 1), changed."""
+    q, dq = "QuantizeLinear", "DequantizeLinear"
+    nodes = [
+        helper.make_node(q, ["image", "scale", "zero"], ["q"], name="round"),
+        helper.make_node(dq, ["q", "scale", "zero"], ["x"], name="read"),
+        helper.make_node(dq, ["weights", "scales", "zeros"], ["w"], name="weights", axis=0),
+        helper.make_node("Conv", ["x", "w"], ["y"], name="conv"),
+        helper.make_node(q, ["y", "scale", "zero"], ["yq"], name="round_again"),
+        helper.make_node(dq, ["yq", "scale", "zero"], ["z"], name="read_again"),
+    ]
+    stored = {
+        "scale": np.float32(0.1),
+        "zero": np.int8(0),
+        "weights": np.arange(4, dtype=np.int8).reshape(2, 2, 1, 1),
+        "scales": np.full(2, 0.1, np.float32),
+        "zeros": np.zeros(2, np.int8),
+    }
+    made = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "net",
+            [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 2, 4, 4])],
+            [helper.make_tensor_value_info("z", TensorProto.FLOAT, [1, 2, 4, 4])],
+            [numpy_helper.from_array(np.asarray(values), name) for name, values in stored.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    for change in changes:
+        change(made)
+    return made
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    def write_model(*changes: Change) -> Path:
+        (tmp_path / "model.onnx").write_bytes(model(*changes).SerializeToString())
+        return tmp_path / "model.onnx"
+
+    return write_model
+
+
+def findings(path: Path, *targets: str) -> set[tuple[str, str, str]]:
+    report = lint_graph(path, read_graph(path), targets or tuple(TARGETS))
+    return {(finding.rule, finding.target, finding.node) for finding in report.findings if finding.severity != "note"}
+
+
+def test_a_good_file_is_clean_everywhere(write: Callable[..., Path]) -> None:
+    assert findings(write()) == set()
+    assert lint(LintConfig(model=write())) == 0
+
+
+def node(name: str) -> Callable[[Any], Any]:
+    return lambda made: next(item for item in made.graph.node if item.name == name)
+
+
+def store(name: str, values: Any) -> Change:
+    def change(made: Any) -> None:
+        tensor = next(item for item in made.graph.initializer if item.name == name)
+        tensor.CopyFrom(numpy_helper.from_array(np.asarray(values), name))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "rule", "targets", "place"),
+    [
+        (store("zero", np.int8(3)), "zero-point", TENSORRT, "round"),
+        (store("zero", np.uint8(0)), "uint8", TENSORRT, "round"),
+        (store("zeros", np.ones(2, np.int8)), "zero-point", TENSORRT, "weights"),
+        (store("scale", np.float32(0)), "scale", ("onnxruntime", "openvino", *TENSORRT), "round"),
+        (
+            store("scales", np.full(3, 0.1, np.float32)),
+            "scale-shape",
+            ("onnxruntime", "openvino", *TENSORRT),
+            "weights",
+        ),
+        (lambda made: node("conv")(made).input.append("image"), "float-bias", ("onnxruntime",), "conv"),
+        (lambda made: made.graph.node.pop(), "float-output", (), ""),
+    ],
+)
+def test_rules_name_the_node(
+    change: Change, rule: str, targets: tuple[str, ...], place: str, write: Callable[..., Path]
+) -> None:
+    found = findings(write(change))
+    assert {target for name, target, where in found if (name, where) == (rule, place)} == set(targets)
+
+
+def test_of_tensorrt_8_only_what_its_documents_say(write: Callable[..., Path]) -> None:
+    def later(made: Any) -> None:
+        made.opset_import[0].version = 18
+        made.graph.node.extend(
+            [
+                helper.make_node("ReduceMean", ["z", "axes"], ["m"], name="mean"),
+                helper.make_node("LayerNormalization", ["m", "scales"], ["n"], name="norm"),
+            ]
+        )
+        made.graph.initializer.append(numpy_helper.from_array(np.array([1]), "axes"))
+
+    assert findings(write(later), *TENSORRT) == {
+        ("opset", "tensorrt8", "mean"),
+        ("later-release", "tensorrt8", "norm"),
+    }
+
+
+def test_core_ml_is_only_told_about_operators(write: Callable[..., Path]) -> None:
+    path = write(lambda made: made.graph.node.append(helper.make_node("Det", ["z"], ["d"], name="det")))
+    report = lint_graph(path, read_graph(path), ["coreml"])
+    assert [(finding.rule, finding.node) for finding in report.findings] == [
+        ("not-onnx", ""),
+        ("coreml-operator", "det"),
+    ]
+    assert report.ok and report.float_names("coreml") is None
+
+
+def test_rules_are_whole() -> None:
+    for name, rule in RULES.items():
+        assert rule.fix.endswith("."), name
+        assert set(rule.on) <= set(TARGETS), name
+        for target, says in rule.on.items():
+            assert says.severity in SEVERITIES
+            assert says.source or says.severity == "note", (name, target)
+            assert not says.consequence.endswith(".")
+
+
+def test_a_file_inside_a_graph_is_looked_at(write: Callable[..., Path]) -> None:
+    inner = helper.make_graph([helper.make_node("Foo", ["z"], ["f"])], "inner", [], [])
+    path = write(
+        lambda made: made.graph.node.append(
+            helper.make_node("If", ["image"], ["i"], name="if", then_branch=inner, else_branch=inner)
+        )
+    )
+    assert ("operator", "onnxruntime", "if") in findings(path)
+
+
+def external(location: str) -> Change:
+    def change(made: Any) -> None:
+        tensor = next(item for item in made.graph.initializer if item.name == "weights")
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value=location)
+
+    return change
+
+
+def cut_short(made: Any) -> None:
+    made.graph.initializer[3].raw_data = made.graph.initializer[3].raw_data[:-1]
+
+
+def cycle(made: Any) -> None:
+    made.graph.node[0].input[0] = "z"
+
+
+HOSTILE: dict[str, tuple[Change, str]] = {
+    "cycle": (cycle, "The node 'round' takes 'z', which a later node makes (a cycle, or nodes out of order)"),
+    "nothing": (lambda made: made.graph.node.pop(0), "The node 'read' takes 'q', which nothing makes"),
+    "no outputs": (lambda made: made.graph.node[0].ClearField("output"), "The node 'round' makes nothing"),
+    "no nodes": (lambda made: made.graph.ClearField("node"), "holds no graph"),
+    "cut short": (cut_short, "The tensor 'scales' is damaged"),
+    "unknown type": (
+        lambda made: setattr(made.graph.initializer[3], "data_type", 99),
+        "The tensor 'scales' is damaged",
+    ),
+    "huge": (lambda made: made.graph.initializer[3].dims.append(2**62), "The tensor 'scales' is damaged"),
+    "above": (external("../weights.bin"), "outside of the model's folder"),
+    "absolute": (external("/etc/passwd"), "outside of the model's folder"),
+    "empty": (external(""), "outside of the model's folder"),
+    "absent": (external("weights.bin"), "which is not there"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_end_in_one_line(
+    name: str, write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, says = HOSTILE[name]
+    assert main(["lint", str(write(change))]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert says in captured.err and captured.err.startswith("midge: error: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_names_are_utf8(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(model().SerializeToString().replace(b"image", b"im\xffge"))
+    with pytest.raises(UserError, match="a name that is no UTF-8"):
+        read_graph(tmp_path / "model.onnx")
+
+
+def test_a_link_out_of_the_folder_is_refused(write: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").symlink_to(TINY / "manifest.json")
+    with pytest.raises(UserError, match="outside of the model's folder"):
+        read_graph(write(external("weights.bin")))
+
+
+def test_weights_in_another_file_are_not_read(write: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes(bytes(4))
+    assert findings(write(external("weights.bin"))) == set()
+
+
+def nested(depth: int) -> bytes:
+    """A graph in an attribute of a node of a graph, and so on."""
+
+    def field(number: int, content: bytes) -> bytes:
+        size, length = b"", len(content)
+        while length > 127:
+            size, length = size + bytes([length % 128 + 128]), length // 128
+        return bytes([number * 8 + 2]) + size + bytes([length]) + content
+
+    graph = b""
+    for _ in range(depth):
+        graph = field(1, field(5, field(6, graph)))
+    return field(7, graph)
+
+
+@pytest.mark.parametrize(
+    "content", [nested(1000), b"", b"This is no ONNX file, but a text.\n", b"\x00" * 100, b"\x08\x08", b"{}"]
+)
+def test_other_files_are_refused(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.onnx").write_bytes(content)
+    assert main(["lint", str(tmp_path / "model.onnx")]) == 2
+    assert "is not an ONNX file" in capsys.readouterr().err
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="it does not exist"):
+        lint(LintConfig(model=tmp_path / "none.onnx"))
+    with pytest.raises(UserError, match="it is a folder"):
+        lint(LintConfig(model=tmp_path))
+
+
+def test_what_the_checker_says_is_a_note(write: Callable[..., Path]) -> None:
+    path = write(lambda made: made.graph.output[0].type.tensor_type.ClearField("shape"))
+    report = lint_graph(path, read_graph(path), ["onnxruntime"])
+    assert [(found.rule, found.severity) for found in report.findings] == [("invalid", "note")]
+    assert "shape" in report.findings[0].detail
+
+
+def test_a_large_file_is_not_read(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write()
+    monkeypatch.setattr(lint_read, "MAX_BYTES", path.stat().st_size - 1)
+    with pytest.raises(UserError, match=r"has \d+ bytes, more than the \d+ that are read"):
+        read_graph(path)
+    monkeypatch.undo()
+    monkeypatch.setattr(lint_read, "MAX_NODES", 3)
+    with pytest.raises(UserError, match="has 6 nodes: more than the 3"):
+        read_graph(path)
+
+
+def test_names_cannot_reach_the_terminal(write: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    def rename(made: Any) -> None:
+        node("round")(made).name = "\x1b[31mred\n"
+
+    assert main(["lint", str(write(rename, store("zero", np.int8(1))))]) == 1
+    assert "?[31mred?" in capsys.readouterr().out
+
+
+def test_nodes_need_no_name(write: Callable[..., Path]) -> None:
+    def clear(made: Any) -> None:
+        for item in made.graph.node:
+            item.ClearField("name")
+
+    assert ("zero-point", "tensorrt10", "q") in findings(write(clear, store("zero", np.int8(1))))
+
+
+@pytest.mark.parametrize("given", [["ort"], ["coreml", "tensorrt9"]])
+def test_an_unknown_target_lists_the_known_ones(given: list[str]) -> None:
+    with pytest.raises(UserError, match=f"Unknown target '{given[-1]}': choose one of coreml, onnxruntime, openvino"):
+        lint(LintConfig(model=U8, targets=tuple(given)))
+
+
+def test_no_target_is_an_error() -> None:
+    with pytest.raises(UserError, match="--targets names nothing: give one or more of onnxruntime"):
+        lint(LintConfig(model=U8, targets=()))
+
+
+def test_the_defaults_are_all_targets() -> None:
+    assert LintConfig(model=U8).targets == tuple(TARGETS)
+
+
+def test_an_artifact_gives_a_report_per_variant(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lint", str(TINY), "--targets", "onnxruntime", "openvino", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [file["path"] for file in result["files"]] == [str(TINY / "onnx-fp32" / "model.onnx"), str(U8)]
+    assert result["ok"] and all(file["ok"] for file in result["files"])
+
+
+def test_json_names_every_node(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lint", str(U8), "--targets", "tensorrt10", "onnxruntime", "--json"]) == 1
+    file = json.loads(capsys.readouterr().out)["files"][0]
+    assert list(file["targets"]) == ["onnxruntime", "tensorrt10"]
+    assert file["targets"]["onnxruntime"]["taken"] and not file["targets"]["tensorrt10"]["taken"]
+    assert file["targets"]["onnxruntime"]["float_nodes"] == [] and file["targets"]["tensorrt10"]["float_nodes"] is None
+    biases = [finding for finding in file["findings"] if finding["rule"] == "int32-bias"]
+    assert len(biases) == len(file["weighted_nodes"]) == 22
+    assert set(biases[0]) == {
+        *("rule", "severity", "target", "node", "detail", "consequence", "fix", "source", "verified"),
+    }
+    assert not biases[0]["verified"] and biases[0]["target"] == "tensorrt10"
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_table_fits_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from rich.console import Console
+
+    from midge.export.lint_print import print_report
+
+    out = io.StringIO()
+    print_report(lint_graph(U8, read_graph(U8), TARGETS), Console(file=out, width=columns, highlight=False))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= columns
+    assert any(line.startswith("TensorRT 10°") and " no " in line for line in lines)
+    assert any("22 of 22" in line for line in lines)
+    assert "… and 23 more" in out.getvalue()
+
+
+def test_it_needs_no_torch() -> None:
+    code = (
+        "import sys; from midge.__main__ import main\n"
+        f"assert main(['lint', {str(TINY)!r}, '--targets', 'onnxruntime']) == 0\n"
+        "print([name for name in ('torch', 'timm', 'openvino', 'nncf', 'tensorrt_rtx') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.manual_seed(given.seed)
-    preprocess = Preprocess(PX, PX)
+    preprocess = Preprocess(PX, PX, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # values in 0..1, as pixels() gives them
     train_images = list_images(given.data / "train", given.limit, given.seed)
     test_images = list_images(given.data / "test")
     is_vit = given.backbone.startswith("vit_")

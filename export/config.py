@@ -33,10 +33,10 @@ class ExportConfig:
     """Artifact folder to write: manifest.json, golden.npz, calibration.json, one folder per variant."""
 
     targets: tuple[str, ...] = ("onnx", "openvino")
-    """Runtimes to export for: onnx, openvino. The torch reference is always written."""
+    """Runtimes to export for: onnx, openvino, tensorrt. The torch reference is always written."""
 
     precision: tuple[str, ...] = ("fp32", "int8")
-    """Precisions: fp32, int8. INT8 for ONNX is written in two dialects, u8 (CPUs) and s8 (TensorRT)."""
+    """Precisions: fp32, fp16, int8. INT8 for ONNX is written in two dialects, u8 (CPUs) and s8 (TensorRT)."""
 
     data: Path | None = None
     """Folder of calibration images, whose labels are not looked at; default those the run was trained on."""
@@ -53,6 +53,10 @@ class ExportConfig:
 
     seed: int = 0
     """Seed of the calibration subset and of the golden images."""
+
+    check_build: bool = False
+    """Build the TensorRT variants once by TensorRT-RTX, which needs no GPU, and note in their recipes what it said;
+    exit code 1 where it refuses or warns."""
 
     workers: int = 2
     """Threads that decode images."""

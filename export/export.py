@@ -17,7 +17,7 @@ import numpy as np
 from .. import __version__
 from ..runtime.artifact import NAME, REFERENCE, load_artifact, write_manifest
 from ..runtime.backend import predict
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, require
 from ..runtime.files import atomic_folder, read_json, refuse_existing, sha256_file, write_json
 from ..runtime.golden import write_golden
 from ..runtime.torch_backend import TorchBackend
@@ -28,6 +28,7 @@ from .fold import fold_batch_norm
 from .onnx_export import export_onnx, save_onnx
 from .quantize import METHOD, Ranges, measure_ranges
 from .targets import select_variants
+from .tensorrt_export import CHECKER, note_builds
 from .writers import WRITERS, Source, check_packages
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def export_run(config: ExportConfig) -> int:
     name = artifact_name(config)
     refuse_existing(config.out)
     check_packages(variants)
+    if config.check_build:
+        require(CHECKER, "tensorrt")
     stem = find_stem(config.run)
     root, evaluation_root = find_images(config.run, config.data, config.evaluation_data)
     seconds: dict[str, float] = {}
@@ -65,6 +68,7 @@ def export_run(config: ExportConfig) -> int:
             outputs = write_golden_pack(folder, folder / models[REFERENCE], samples)
         if count:
             write_calibration(folder, samples, ranges, config.seed, tool_versions(variants))
+        builds = note_builds(folder, variants) if config.check_build else True
         write_manifest(
             folder,
             name=name,
@@ -80,7 +84,7 @@ def export_run(config: ExportConfig) -> int:
             output_name=output_name,
         )
     print_result(config, samples, seconds)
-    return 0
+    return int(not builds)
 
 
 def artifact_name(config: ExportConfig) -> str:

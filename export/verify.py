@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..runtime.artifact import REFERENCE, RUNTIMES, Artifact, load_artifact, variant_runtime
-from ..runtime.backend import Backend, missing_packages, open_backend
+from ..runtime.backend import Backend, missing_packages, open_backend, why_not_on_this_machine
 from ..runtime.errors import UserError, unknown_name
 from ..runtime.golden import load_golden
 from ..runtime.images import list_images
@@ -100,6 +100,8 @@ def runnable(artifact: Artifact, chosen: Iterable[str]) -> tuple[list[str], dict
             skipped[name] = "this midge knows no runtime for it"
         elif missing := missing_packages(variant_runtime(name)):
             skipped[name] = f"{', '.join(missing)} is not installed"
+        elif reason := why_not_on_this_machine(variant_runtime(name)):
+            skipped[name] = reason
     return [name for name in dict.fromkeys(chosen) if name not in skipped], skipped
 
 

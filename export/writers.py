@@ -19,6 +19,7 @@ from ..runtime.torch_model import ModelSpec, save_model
 from .onnx_export import save_onnx
 from .openvino_export import import_nncf, quantize_openvino, save_openvino
 from .quantize import DIALECTS, Ranges, is_transformer, quantize_onnx
+from .tensorrt_export import float16_graph, int8_graph, save_tensorrt
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -98,6 +99,23 @@ def write_openvino_int8(source: Source, path: Path) -> None:
     quantize_openvino(source.onnx_path, path, source.images, is_transformer(source.graph))
 
 
+def write_tensorrt(source: Source, path: Path) -> None:
+    """``tensorrt-fp32``: the graph, and the recipe of an engine."""
+    save_tensorrt(source.graph, path, "fp32")
+
+
+def write_tensorrt_fp16(source: Source, path: Path) -> None:
+    """``tensorrt-fp16``: the graph in half precision, and the recipe."""
+    save_tensorrt(float16_graph(source.onnx_path), path, "fp16")
+
+
+def write_tensorrt_int8(source: Source, path: Path) -> None:
+    """``tensorrt-int8``: the graph in the ``s8`` dialect, and the recipe."""
+    save_tensorrt(int8_graph(source.onnx_path, source.ranges), path, "int8")
+
+
+ENGINE_NOTE = "The engine is built on the device, by recipe.json."
+
 OPENVINO = (("openvino", "openvino"),)
 
 WRITERS: dict[str, Writer] = {
@@ -112,6 +130,9 @@ WRITERS: dict[str, Writer] = {
         "Quantized by NNCF on the same calibration images.",
         packages=(*OPENVINO, ("nncf", "openvino")),
     ),
+    "tensorrt-fp32": Writer("model.onnx", write_tensorrt, ENGINE_NOTE),
+    "tensorrt-fp16": Writer("model.onnx", write_tensorrt_fp16, ENGINE_NOTE),
+    "tensorrt-int8": Writer("model.onnx", write_tensorrt_int8, ENGINE_NOTE, needs_ranges=True),
 }
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from ..runtime.artifact import Artifact, load_artifact, variant_runtime
-from ..runtime.backend import PACKAGES, Backend, open_backend
+from ..runtime.backend import PACKAGES, Backend, BackendOptions, installed_package, open_backend
 from ..runtime.errors import UserError, require, unknown_name
 from ..runtime.fields import Fields
 from ..runtime.files import sha256_file
@@ -118,7 +118,7 @@ def measure_latency(job: Fields, artifact: Artifact, name: str, threads: int) ->
     start = time.perf_counter_ns()
     version = import_runtime(variant_runtime(name))
     imported = time.perf_counter_ns()
-    backend = open_backend(artifact.variants[name], threads)
+    backend = open_backend(artifact.variants[name], BackendOptions(threads))
     loaded = time.perf_counter_ns()
     with backend:
         check_input(backend, artifact, name)
@@ -165,7 +165,7 @@ def classify(job: Fields, artifact: Artifact, name: str, threads: int) -> Json:
     images = load_array(Path(job.text("inputs")), np.dtype(np.uint8), (1, height, width, 3))
     normalize = replace(artifact.preprocess, resize_px=artifact.preprocess.crop_px)
     predictions = []
-    with open_backend(artifact.variants[name], threads) as backend:
+    with open_backend(artifact.variants[name], BackendOptions(threads)) as backend:
         check_input(backend, artifact, name)
         for image in images:
             outputs = backend.run(normalize(image[0])[None])[0]
@@ -200,7 +200,7 @@ def load_array(path: Path, dtype: np.dtype[Any], item_shape: tuple[int, ...]) ->
 def import_runtime(runtime: str) -> str:
     """Import the packages of a runtime, and return the version of the first."""
     packages, extra = PACKAGES[runtime]
-    modules = [require(package, extra) for package in packages]
+    modules = [require(installed_package(package) or package, extra) for package in packages]
     return str(getattr(modules[0], "__version__", "unknown"))[:100]
 
 

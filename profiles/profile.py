@@ -22,7 +22,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..runtime.artifact import RUNTIMES, Artifact, load_artifact, variant_runtime
-from ..runtime.backend import PACKAGES, missing_packages
+from ..runtime.backend import PACKAGES, missing_packages, why_not_on_this_machine
 from ..runtime.errors import UserError, unknown_name
 from ..runtime.files import sha256_file
 from ..runtime.images import ImageList, list_images
@@ -131,7 +131,9 @@ def why_not_here(variant: str) -> str | None:
         return "this midge knows no runtime for it"
     runtime = variant_runtime(variant)
     missing = missing_packages(runtime)
-    return f"{missing[0]} is not installed (pip install 'midge[{PACKAGES[runtime][1]}]')" if missing else None
+    if missing:
+        return f"{missing[0]} is not installed (pip install 'midge[{PACKAGES[runtime][1]}]')"
+    return why_not_on_this_machine(runtime)
 
 
 def count_accuracy(

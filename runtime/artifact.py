@@ -28,7 +28,12 @@ REFERENCE = "torch-fp32"
 """The variant that every other is compared with; part of every artifact that midge writes."""
 
 # Target (the first word of a variant's name) -> runtime.
-RUNTIMES = {"torch": "torch", "onnx": "onnxruntime", "openvino": "openvino"}
+RUNTIMES = {
+    "torch": "torch",
+    "onnx": "onnxruntime",
+    "openvino": "openvino",
+    "tensorrt": "tensorrt",
+}
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)  # becomes part of the paths of records
 VARIANT_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)+", re.ASCII)

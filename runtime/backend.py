@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -37,14 +37,54 @@ class Placement:
         return None if self.uncounted or not self.total_macs else self.int8_macs / self.total_macs
 
 
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of a network.
+
+    Attributes:
+        name: as the runtime knows it.
+        shape: static.
+        dtype: numpy's name of its type, e.g. ``"float32"``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """How a runtime is to run.
+
+    Attributes:
+        threads: that one inference may use on a CPU.
+        device: where it runs, by the runtime's own names: an execution provider of ONNX Runtime, OpenVINO's ``CPU``,
+            ``GPU``, ``NPU``, torch's ``cpu``, ``cuda``, ``mps``, the number of the GPU for TensorRT. None: the CPU, and
+            TensorRT's first GPU.
+        cache: folder for what the runtime compiles (OpenVINO, TensorRT); None: OpenVINO keeps nothing, TensorRT keeps
+            its engines in the user's cache folder.
+    """
+
+    threads: int = 1
+    device: str | None = None
+    cache: Path | None = None
+
+
+DEFAULTS = BackendOptions()
+
+
 class Backend(Protocol):
     """A loaded network in one runtime; also a context manager that closes it.
 
     Attributes:
         input_shape: (N, 3, H, W) with the artifact's static batch N.
+        inputs: the one input.
+        outputs: the outputs, of which ``run`` gives the first.
     """
 
     input_shape: tuple[int, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         """Outputs (N, K) float32 for a batch (N, 3, H, W) float32 of exactly ``input_shape``."""
@@ -63,10 +103,11 @@ class Backend(Protocol):
     def __exit__(self, *exc: object) -> None: ...
 
 
-# Runtime -> class, imported only when it is opened. It is called as Class(model, threads).
+# Runtime -> class, imported only when it is opened. It is called as Class(model, threads, device, cache).
 BACKENDS = {
     "onnxruntime": "ort_backend:OrtBackend",
     "openvino": "openvino_backend:OpenVinoBackend",
+    "tensorrt": "tensorrt_backend:TensorRtBackend",
     "torch": "torch_backend:TorchBackend",
 }
 
@@ -74,32 +115,57 @@ BACKENDS = {
 PACKAGES = {
     "onnxruntime": (("onnxruntime",), "all"),
     "openvino": (("openvino",), "openvino"),
+    "tensorrt": (("tensorrt",), "tensorrt"),
     "torch": (("torch", "timm", "safetensors"), "train"),
 }
+
+# Package -> another that does as well.
+ALTERNATIVES = {"tensorrt": "tensorrt_rtx"}
+
+# Runtime -> function that gives the reason for which this machine cannot run it, or None.
+MACHINE_CHECKS = {"tensorrt": "cuda_device:why_no_gpu"}
+
+
+def installed_package(package: str) -> str | None:
+    """The package, or the other that does as well, that is installed; it is not imported."""
+    names = [name for name in (package, ALTERNATIVES.get(package)) if name is not None]
+    return next((name for name in names if importlib.util.find_spec(name) is not None), None)
 
 
 def missing_packages(runtime: str) -> list[str]:
     """Packages that a runtime needs and that are not installed; none of them is imported."""
-    return [package for package in PACKAGES[runtime][0] if importlib.util.find_spec(package) is None]
+    return [package for package in PACKAGES[runtime][0] if installed_package(package) is None]
 
 
-def open_backend(variant: Variant, threads: int = 1) -> Backend:
+def why_not_on_this_machine(runtime: str) -> str | None:
+    """The reason for which a runtime that is installed cannot run here; None where none is known."""
+    if runtime not in MACHINE_CHECKS:
+        return None
+    return _load(MACHINE_CHECKS[runtime])()
+
+
+def _load(where: str) -> Any:
+    module, _, name = where.partition(":")
+    return getattr(importlib.import_module(f".{module}", __package__), name)
+
+
+def open_backend(variant: Variant, options: BackendOptions = DEFAULTS) -> Backend:
     """Load a variant in its runtime.
 
     Args:
         variant: of a checked artifact.
-        threads: threads that one inference may use.
+        options: how it is to run.
 
     Raises:
-        UserError: the runtime is not installed or cannot load the model, or ``threads`` is below 1.
+        UserError: the runtime is not installed, does not have the device or cannot load the model, or the number of
+            threads is below 1.
     """
     runtime = variant_runtime(variant.name)
     if runtime not in BACKENDS:
         raise unknown_name("runtime", runtime, BACKENDS)
-    if threads < 1:
-        raise UserError(f"Cannot run with {threads} threads: give at least 1.")
-    module, _, name = BACKENDS[runtime].partition(":")
-    return getattr(importlib.import_module(f".{module}", __package__), name)(variant.model, threads)
+    if options.threads < 1:
+        raise UserError(f"Cannot run with {options.threads} threads: give at least 1.")
+    return _load(BACKENDS[runtime])(variant.model, options.threads, options.device, options.cache)
 
 
 def predict(backend: Backend, images: Iterable[np.ndarray]) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""OpenVINO on the CPU: latency hint, one stream, the given number of threads, no cache, float arithmetic in float32.
+"""OpenVINO: latency hint, one stream, the given number of threads, float arithmetic in float32.
 
-The precision is stated because OpenVINO otherwise computes every float layer in bfloat16 where the CPU can, silently.
+It runs on the CPU unless another device is named, and keeps no compiled model unless a cache is. The precision is
+stated because OpenVINO otherwise computes every float layer in bfloat16 where the CPU can, silently.
 
 What executed is read from the compiled model's runtime graph, whose nodes carry the types and shapes that were chosen.
 Attention is fused there into one node without its inner shapes, so its matrix products are looked up in the file's own
@@ -15,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Placement, cannot_load, check_batch
-from .errors import UserError, require
+from .backend import Placement, TensorSpec, cannot_load, check_batch
+from .errors import UserError, require, unknown_name
 from .macs import INTEGER_TYPES, convolution_macs, matmul_macs
 
 # Node types of the runtime graph.
@@ -35,21 +36,20 @@ class OpenVinoBackend:
 
     Args:
         model: the .xml file, its weights in the .bin file of the same name; one float32 input of static shape.
-        threads: threads of one inference.
+        threads: threads of one inference, on a CPU.
+        device: e.g. ``"GPU"``, ``"GPU.1"``, ``"NPU"``; None is the CPU.
+        cache: folder of compiled models; None keeps none.
     """
 
-    def __init__(self, model: Path, threads: int) -> None:
+    def __init__(self, model: Path, threads: int, device: str | None = None, cache: Path | None = None) -> None:
         openvino = require("openvino", "openvino")
-        settings = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": "1",
-            "INFERENCE_NUM_THREADS": str(threads),
-            "INFERENCE_PRECISION_HINT": "f32",
-            "CACHE_DIR": "",
-        }
+        core = openvino.Core()
+        device = "CPU" if device is None else device
+        if device not in core.available_devices:
+            raise unknown_name("OpenVINO device", device, core.available_devices)
         try:
-            self._model = openvino.Core().read_model(model)
-            self._compiled = openvino.compile_model(self._model, "CPU", settings)
+            self._model = core.read_model(model)
+            self._compiled = core.compile_model(self._model, device, _settings(device, threads, cache))
         except Exception as error:  # RuntimeError mostly, but each frontend has its own
             raise cannot_load("OpenVINO", model, error) from None
         inputs, outputs = self._model.inputs, self._model.outputs
@@ -60,6 +60,13 @@ class OpenVinoBackend:
                 f"The model '{model}' has {given}: it must have one input of 4 fixed sides and one (N, K) output."
             )
         self.input_shape: tuple[int, ...] = tuple(shapes[0].to_shape())
+        self.inputs, self.outputs = (
+            tuple(
+                TensorSpec(_name(port), tuple(port.get_shape()), port.get_element_type().to_dtype().name)
+                for port in ports
+            )
+            for ports in (inputs, outputs)
+        )
         self._request = self._compiled.create_infer_request()
 
     def __enter__(self) -> OpenVinoBackend:
@@ -94,6 +101,20 @@ class OpenVinoBackend:
         if total_macs != sum(macs_by_name.values()):
             uncounted["(not found in the runtime graph)"] = 1
         return Placement(int8_macs, total_macs, dict(sorted(ops.items())), dict(uncounted))
+
+
+def _settings(device: str, threads: int, cache: Path | None) -> dict[str, str]:
+    """What a device is told; each takes only what it knows."""
+    settings = {"PERFORMANCE_HINT": "LATENCY", "CACHE_DIR": "" if cache is None else str(cache)}
+    if device == "CPU":
+        settings |= {"NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": str(threads)}
+    if not device.startswith("NPU"):
+        settings["INFERENCE_PRECISION_HINT"] = "f32"
+    return settings
+
+
+def _name(port: Any) -> str:
+    return min(port.get_names(), default=port.get_node().get_friendly_name())
 
 
 def _info(node: Any, key: str) -> str:

@@ -1,4 +1,6 @@
-"""ONNX Runtime on the CPU: all graph optimizations, the given threads inside an operator, one operator at a time.
+"""ONNX Runtime: all graph optimizations, the given threads inside an operator, one operator at a time.
+
+It runs on the CPU unless another execution provider is named.
 
 What executed is read from the runtime's own profile of one run. Two more sessions are profiled, with weights kept in
 their plain layout so that their shapes show: one optimized like the real one, whose integer operators are counted; and
@@ -17,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime as ort
 
-from .backend import Placement, cannot_load, check_batch
-from .errors import UserError
+from .backend import Placement, TensorSpec, cannot_load, check_batch
+from .errors import UserError, unknown_name
 from .macs import INTEGER_TYPES, convolution_macs, matmul_macs
 
 LEVELS = ort.GraphOptimizationLevel
@@ -51,6 +53,10 @@ BiasSoftmax SkipLayerNormalization SkipSimplifiedLayerNormalization QLinearAdd Q
 QuantizeLinear DequantizeLinear"""
 
 
+CPU = "CPUExecutionProvider"
+TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}
+
+
 class Executed(NamedTuple):
     """One operator of a profile: its name, and per input and output the type and the shape."""
 
@@ -65,11 +71,14 @@ class OrtBackend:
     Args:
         model: the ONNX file; one float32 input of static shape, one output.
         threads: intra-op threads.
+        device: an execution provider; None is the CPU's. What it cannot run runs on the CPU.
+        cache: not used: nothing is kept.
     """
 
-    def __init__(self, model: Path, threads: int) -> None:
+    def __init__(self, model: Path, threads: int, device: str | None = None, cache: Path | None = None) -> None:
         self.model = model
         self.threads = threads
+        self._providers = choose_providers(device)
         self._session = self._open(_options(threads))
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         shape = inputs[0].shape if len(inputs) == 1 else []
@@ -79,6 +88,13 @@ class OrtBackend:
                 f"The model '{model}' has {given}: it must have one input of 4 fixed sides and one (N, K) output."
             )
         self.input_shape: tuple[int, ...] = tuple(shape)
+        self.inputs, self.outputs = (
+            tuple(
+                TensorSpec(tensor.name, tuple(tensor.shape), TYPES.get(tensor.type or "", "other"))
+                for tensor in tensors
+            )
+            for tensors in (inputs, outputs)
+        )
         self._input, self._output = inputs[0].name, outputs[0].name
 
     def __enter__(self) -> OrtBackend:
@@ -106,9 +122,12 @@ class OrtBackend:
 
     def _open(self, options: ort.SessionOptions) -> ort.InferenceSession:
         try:
-            return ort.InferenceSession(str(self.model), options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(str(self.model), options, providers=self._providers)
         except Exception as error:  # its exceptions share no base class
             raise cannot_load("ONNX Runtime", self.model, error) from None
+        if self._providers[0] not in session.get_providers():  # it goes on without one that cannot start
+            raise UserError(f"ONNX Runtime has {self._providers[0]}, but it does not start here: check its libraries.")
+        return session
 
     def _profile(self, level: ort.GraphOptimizationLevel) -> list[Executed]:
         with tempfile.TemporaryDirectory() as folder:
@@ -126,6 +145,18 @@ class OrtBackend:
             if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
             for args in [event["args"]]
         ]
+
+
+def choose_providers(device: str | None) -> list[str]:
+    """The execution provider of that name, then the CPU's.
+
+    Raises:
+        UserError: this build of ONNX Runtime does not have it.
+    """
+    allowed = ort.get_available_providers()
+    if device is not None and device not in allowed:
+        raise unknown_name("execution provider", device, allowed)
+    return [*dict.fromkeys((device or CPU, CPU))]
 
 
 def _options(threads: int) -> ort.SessionOptions:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from midge.runtime.artifact import Variant
-from midge.runtime.backend import BACKENDS, Placement, check_batch, open_backend, predict
+from midge.runtime.backend import BACKENDS, BackendOptions, Placement, TensorSpec, check_batch, open_backend, predict
 from midge.runtime.errors import UserError
 from midge.runtime.preprocess import Preprocess
 from midge.runtime.torch_model import ModelSpec, build_model, save_model
@@ -166,7 +166,7 @@ def small(small_onnx: Path, tmp_path: Path) -> dict[str, Variant]:
     }
 
 
-@pytest.mark.parametrize("runtime", sorted(BACKENDS))
+@pytest.mark.parametrize("runtime", sorted(set(BACKENDS) - {"tensorrt"}))  # which needs a GPU, and has its own tests
 def test_batches_are_checked_and_outputs_are_not_shared(small: dict[str, Variant], runtime: str) -> None:
     with open_backend(small[runtime]) as backend:
         batch = np.random.default_rng(0).normal(size=backend.input_shape).astype(np.float32)
@@ -186,20 +186,20 @@ def test_threads_and_precision_reach_the_runtimes(small: dict[str, Variant]) -> 
     import torch
 
     for threads in (1, 2):
-        with open_backend(small["onnxruntime"], threads) as backend:
+        with open_backend(small["onnxruntime"], BackendOptions(threads)) as backend:
             options = backend._session.get_session_options()  # type: ignore[attr-defined]
             assert (options.intra_op_num_threads, options.inter_op_num_threads) == (threads, 1)
-        with open_backend(small["openvino"], threads) as backend:
+        with open_backend(small["openvino"], BackendOptions(threads)) as backend:
             compiled = backend._compiled  # type: ignore[attr-defined]
             assert compiled.get_property("INFERENCE_NUM_THREADS") == threads
             assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
             assert compiled.get_property("NUM_STREAMS") == 1
         before = torch.get_num_threads()
-        with open_backend(small["torch"], threads):
+        with open_backend(small["torch"], BackendOptions(threads)):
             assert torch.get_num_threads() == threads
         assert torch.get_num_threads() == before
     with pytest.raises(UserError, match="Cannot run with 0 threads: give at least 1"):
-        open_backend(small["onnxruntime"], 0)
+        open_backend(small["onnxruntime"], BackendOptions(0))
 
 
 @pytest.mark.parametrize(
@@ -243,6 +243,43 @@ def test_check_batch_names_both() -> None:
         check_batch(np.zeros((2, 3)), (1, 3))
 
 
+def test_inputs_and_outputs_are_described(small: dict[str, Variant]) -> None:
+    expected = {
+        "onnxruntime": (TensorSpec("image", (1, 3, 8, 8)), TensorSpec("logits", (1, 4))),
+        "openvino": (TensorSpec("image", (1, 3, 8, 8)), TensorSpec("logits", (1, 4))),
+        "torch": (TensorSpec("image", (1, 3, PX, PX)), TensorSpec("logits", (1, 10))),
+    }
+    for runtime, (given, result) in expected.items():
+        with open_backend(small[runtime]) as backend:
+            assert (backend.inputs, backend.outputs) == ((given,), (result,))
+            assert backend.run(np.zeros(given.shape, np.float32)).shape == result.shape
+
+
+@pytest.mark.parametrize(
+    ("runtime", "device", "says"),
+    [
+        ("onnxruntime", "Abacus", "Unknown execution provider 'Abacus': choose one of .*CPUExecutionProvider"),
+        ("openvino", "NPU.7", "Unknown OpenVINO device 'NPU.7': choose one of CPU"),
+        ("torch", "abacus", "Unknown torch device 'abacus': choose one of cpu"),
+    ],
+)
+def test_devices_by_their_own_names(small: dict[str, Variant], runtime: str, device: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        open_backend(small[runtime], BackendOptions(device=device))
+    cpu = {"onnxruntime": "CPUExecutionProvider", "openvino": "CPU", "torch": "cpu"}[runtime]
+    batch = np.ones((1, 3, *((PX, PX) if runtime == "torch" else (8, 8))), np.float32)
+    with open_backend(small[runtime]) as default, open_backend(small[runtime], BackendOptions(device=cpu)) as named:
+        np.testing.assert_array_equal(default.run(batch), named.run(batch))
+
+
+def test_openvino_keeps_compiled_models_where_it_is_told(small: dict[str, Variant], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for _ in range(2):
+        with open_backend(small["openvino"], BackendOptions(cache=cache)) as backend:
+            assert backend.run(np.zeros((1, 3, 8, 8), np.float32)).shape == (1, 4)
+        assert len(list(cache.glob("*.blob"))) == 1
+
+
 def test_share_is_null_where_it_is_not_known() -> None:
     assert Placement(50, 200, {"Conv": 2}).share == 0.25
     assert Placement(0, 0, {}).share is None
@@ -250,15 +287,15 @@ def test_share_is_null_where_it_is_not_known() -> None:
 
 
 def test_unknown_target() -> None:
-    with pytest.raises(UserError, match="Unknown target 'coreml': choose one of onnx, openvino, torch"):
+    with pytest.raises(UserError, match="Unknown target 'coreml': choose one of onnx, openvino, tensorrt, torch"):
         open_backend(variant("coreml-int8", Path("x")))
 
 
 def test_importing_the_runtime_imports_no_heavy_package() -> None:
-    modules = "artifact backend decode fields files golden images ort_backend openvino_backend preprocess progress"
-    imports = ", ".join(f"midge.runtime.{name}" for name in [*modules.split(), "macs", "torch_backend", "torch_model"])
-    code = (
-        f"import sys, {imports}; print([m for m in ('torch', 'openvino', 'timm', 'safetensors') if m in sys.modules])"
-    )
+    modules = """artifact backend cuda_device decode engine_cache fields files golden images macs openvino_backend
+    ort_backend preprocess progress tensorrt_backend tensorrt_build torch_backend torch_model"""
+    imports = ", ".join(f"midge.runtime.{name}" for name in modules.split())
+    heavy = ("torch", "openvino", "timm", "safetensors", "tensorrt", "tensorrt_rtx", "cuda")
+    code = f"import sys, {imports}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

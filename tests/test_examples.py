@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -52,3 +53,19 @@ def test_the_readmes_three_lines_load_a_backbone_with_plain_timm(run: Path, monk
     batch = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         torch.testing.assert_close(loaded.eval()(batch), expected(batch))
+
+
+def test_tensorrt_builds(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    out = tmp_path / "builds.json"
+    command = [sys.executable, ROOT / "examples/tensorrt_builds.py", "--out", out]
+    done = subprocess.run(
+        [*command, "--backbones", "resnet10t", "--image-px", "32"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    built = json.loads(out.read_text())
+    stored = json.loads((ROOT / "examples" / "tensorrt_builds.json").read_text())
+    assert len(stored["builds"]) == 24
+    for rows in (built["builds"], stored["builds"]):
+        assert {row["variant"] for row in rows} == {"tensorrt-fp32", "tensorrt-fp16", "tensorrt-int8"}
+        assert all(row["builds"] and row["messages"] == [] for row in rows)

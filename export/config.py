@@ -17,6 +17,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "limit": (1, 10**9),
     "min_cosine": (-1, 1),
     "min_agreement": (0, 1),
+    "fp16_min_cosine": (-1, 1),
+    "fp16_min_agreement": (0, 1),
     "int8_min_cosine": (-1, 1),
     "int8_min_agreement": (0, 1),
 }
@@ -85,14 +87,31 @@ class VerifyConfig:
     variants: tuple[str, ...] = ()
     """Variants to compare, e.g. onnx-fp32; default all whose runtime is installed."""
 
-    min_cosine: float = 0.9999
+    drift: str | None = None
+    """Show instead where this variant's error starts: the drift of each layer from onnx-fp32, and the biggest drops."""
+
+    device: str | None = None
+    """Device of the chosen variants, by their runtime's own name: an execution provider of ONNX Runtime, OpenVINO's
+    CPU, GPU or NPU, torch's cuda, the number of TensorRT's GPU; default the CPU, and TensorRT's first GPU."""
+
+    cache: Path | None = None
+    """Folder for what OpenVINO and TensorRT compile; default none, and for TensorRT the user's cache folder."""
+
+    min_cosine: float = 0.99999
     """Smallest cosine that the outputs of an FP32 variant may have to the reference's, -1..1, for any image."""
 
     min_agreement: float = 0.999
     """Smallest share of images on which an FP32 classifier names the reference's class, 0..1."""
 
-    int8_min_cosine: float = 0.95
-    """Smallest mean cosine that the outputs of an INT8 variant may have: single images fall far below in good ones."""
+    fp16_min_cosine: float = 0.9995
+    """As --min-cosine, for an FP16 variant."""
+
+    fp16_min_agreement: float = 0.98
+    """As --min-agreement, for an FP16 variant."""
+
+    int8_min_cosine: float | None = None
+    """Smallest mean cosine that the outputs of an INT8 variant may have: single images fall far below in good ones.
+    Default 0.995 for the features of a CNN, 0.99 for those of a transformer; 0.95 for logits, which top-1 judges."""
 
     int8_min_agreement: float = 0.85
     """As --min-agreement, for an INT8 variant."""

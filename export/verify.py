@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 
 from ..runtime.artifact import REFERENCE, RUNTIMES, Artifact, load_artifact, variant_runtime
-from ..runtime.backend import Backend, missing_packages, open_backend, why_not_on_this_machine
+from ..runtime.backend import (
+    DEFAULTS,
+    Backend,
+    BackendOptions,
+    Placement,
+    missing_packages,
+    open_backend,
+    why_not_on_this_machine,
+)
 from ..runtime.errors import UserError, unknown_name
 from ..runtime.golden import load_golden
 from ..runtime.images import list_images
@@ -23,6 +31,10 @@ from ..runtime.parity import Parity, compare_outputs
 from ..runtime.progress import say, track
 from .calibration import read_images
 from .config import VerifyConfig
+
+# Smallest mean cosine in INT8: of a classifier's logits, and of features by whether the network is a transformer.
+INT8_MIN_COSINE = {"classifier": 0.95}
+FEATURES_MIN_COSINE = {False: 0.995, True: 0.99}
 
 
 @dataclass(frozen=True)
@@ -55,14 +67,17 @@ def verify(config: VerifyConfig) -> int:
     golden = load_golden(artifact.golden, artifact.input_shape, artifact.output_shape)
     if artifact.input_shape[0] != 1:
         raise UserError(f"The artifact takes {artifact.input_shape[0]} images at a time: only 1 can be verified.")
+    if config.drift is not None:
+        return show_drift(config, artifact, config.drift, golden.inputs)
     names, skipped = runnable(artifact, config.variants)
     for name, reason in skipped.items():
         say(f"Skipped {name}: {reason}.")
     if not names:
         raise UserError(f"No variant of '{config.artifact}' can run here: {'; '.join(skipped.values())}.")
     with contextlib.ExitStack() as stack:
-        backends = {name: stack.enter_context(open_checked(artifact, name)) for name in names}
-        shares = {name: backend.placement().share for name, backend in backends.items()}
+        options = BackendOptions(device=config.device, cache=config.cache)
+        backends = {name: stack.enter_context(open_checked(artifact, name, options)) for name in names}
+        placements = {name: backend.placement() for name, backend in backends.items()}
         outputs = run_all(backends, artifact, track(golden.inputs, "Golden images"))
         compared = {(name, "golden"): compare_outputs(outputs[name], golden.outputs) for name in names}
         if config.data is not None and can_run_reference(artifact):
@@ -75,7 +90,13 @@ def verify(config: VerifyConfig) -> int:
                 if name != REFERENCE
             }
     checks = [
-        Check(name, images, parity, shares[name], missed_thresholds(config, artifact.kind, name, parity))
+        Check(
+            name,
+            images,
+            parity,
+            placements[name].share,
+            missed_thresholds(config, artifact.kind, name, parity, is_transformer(placements.values())),
+        )
         for (name, images), parity in compared.items()
     ]
     if config.json:
@@ -105,6 +126,18 @@ def runnable(artifact: Artifact, chosen: Iterable[str]) -> tuple[list[str], dict
     return [name for name in dict.fromkeys(chosen) if name not in skipped], skipped
 
 
+def show_drift(config: VerifyConfig, artifact: Artifact, variant: str, images: np.ndarray) -> int:
+    """Print where a variant's error starts. Returns 0."""
+    from .drift import drift_json, measure_drift, print_drift
+
+    drifts = measure_drift(artifact, variant, images)
+    if config.json:
+        print(json.dumps(drift_json(artifact, variant, drifts, len(images))))
+    else:
+        print_drift(artifact, variant, drifts, len(images))
+    return 0
+
+
 def can_run_reference(artifact: Artifact) -> bool:
     """Whether the reference can run here; if not, why is said."""
     reason = ""
@@ -117,13 +150,13 @@ def can_run_reference(artifact: Artifact) -> bool:
     return not reason
 
 
-def open_checked(artifact: Artifact, name: str) -> Backend:
+def open_checked(artifact: Artifact, name: str, options: BackendOptions = DEFAULTS) -> Backend:
     """Load a variant.
 
     Raises:
         UserError: its runtime refuses it, or its input is not the one of the manifest.
     """
-    backend = open_backend(artifact.variants[name])
+    backend = open_backend(artifact.variants[name], options)
     if backend.input_shape != artifact.input_shape:
         backend.close()
         raise UserError(
@@ -163,21 +196,34 @@ def run_all(backends: dict[str, Backend], artifact: Artifact, images: Iterable[n
     return {name: np.stack(rows) for name, rows in outputs.items()}
 
 
-def missed_thresholds(config: VerifyConfig, kind: str, variant: str, parity: Parity) -> tuple[str, ...]:
+def is_transformer(placements: Iterable[Placement]) -> bool:
+    """Whether one of the runtimes ran attention or the normalization that goes with it, by its own names."""
+    operators = {op.lower().replace("_", "") for placement in placements for op in placement.ops}
+    return any(part in op for op in operators for part in ("softmax", "layernorm", "attention", "mvn"))
+
+
+def missed_thresholds(
+    config: VerifyConfig, kind: str, variant: str, parity: Parity, transformer: bool = False
+) -> tuple[str, ...]:
     """The thresholds that a variant misses.
 
-    The cosine is the smallest of all images in FP32, where each must be right, and the mean in INT8. The agreement
-    counts for classifiers: features have no top-1.
+    The cosine is the smallest of all images in FP32 and FP16, where each must be right, and the mean in INT8. The
+    agreement counts for classifiers: features have no top-1.
     """
     missed = []
-    if "int8" in variant.split("-"):
-        min_agreement = config.int8_min_agreement
-        if parity.cosine_mean < config.int8_min_cosine:
-            missed.append(f"mean cosine {parity.cosine_mean:.4f} is below {config.int8_min_cosine:g}")
+    precision = {"int8", "fp16"}.intersection(variant.split("-"))
+    if "int8" in precision:
+        min_agreement, min_cosine = config.int8_min_agreement, config.int8_min_cosine
+        if min_cosine is None:
+            min_cosine = INT8_MIN_COSINE.get(kind, FEATURES_MIN_COSINE[transformer])
+        if parity.cosine_mean < min_cosine:
+            missed.append(f"mean cosine {parity.cosine_mean:.4f} is below {min_cosine:g}")
     else:
-        min_agreement = config.min_agreement
-        if parity.cosine_min < config.min_cosine:
-            missed.append(f"smallest cosine {parity.cosine_min:.6f} is below {config.min_cosine:g}")
+        min_agreement, min_cosine = config.min_agreement, config.min_cosine
+        if "fp16" in precision:
+            min_agreement, min_cosine = config.fp16_min_agreement, config.fp16_min_cosine
+        if parity.cosine_min < min_cosine:
+            missed.append(f"smallest cosine {parity.cosine_min:.6f} is below {min_cosine:g}")
     if kind == "classifier" and parity.top1_agreement < min_agreement:
         missed.append(f"top-1 agreement {parity.top1_agreement:.4f} is below {min_agreement:g}")
     return tuple(missed)

@@ -47,13 +47,13 @@ class Layer:
     Attributes:
         tensor: its name.
         op: the operator that makes it; with those before it whose results the variant does not have.
-        weight: name of the operator's weights, as torch has them; "" where it has none.
+        module: name of the module in torch whose weights or bias it takes; "" where it takes none.
         inputs: tensors that the operator takes, of those computed or given.
     """
 
     tensor: str
     op: str
-    weight: str
+    module: str
     inputs: tuple[str, ...]
 
 
@@ -64,7 +64,7 @@ class Drift:
     Attributes:
         tensor: name of its output.
         op: the operator.
-        weight: name of its weights; "" where it has none.
+        module: name in torch of the module that it belongs to; "" where it takes no weights and no bias.
         cosine_mean: mean cosine of the images' tensors, -1..1.
         cosine_min: smallest of them.
         sqnr_db: signal-to-quantization-noise ratio over all images, dB; None where there is no difference at all.
@@ -73,7 +73,7 @@ class Drift:
 
     tensor: str
     op: str
-    weight: str
+    module: str
     cosine_mean: float
     cosine_min: float
     sqnr_db: float | None
@@ -139,9 +139,10 @@ def read_layers(graph: GraphProto) -> list[Layer]:
     constants = {tensor.name for tensor in graph.initializer}
     layers = []
     for node in graph.node:
-        weights = [name for name in node.input if name in constants and name.endswith("weight")]
+        parameters = [name for name in node.input if name in constants and name.endswith((".weight", ".bias"))]
+        module = parameters[0].rpartition(".")[0] if parameters else ""
         inputs = tuple(name for name in node.input if name and name not in constants)
-        layers += [Layer(name, node.op_type, weights[0] if weights else "", inputs) for name in node.output if name]
+        layers += [Layer(name, node.op_type, module, inputs) for name in node.output if name]
     return layers
 
 
@@ -154,7 +155,7 @@ def merge_layers(layers: Iterable[Layer], present: Container[str]) -> list[Layer
         merged = Layer(
             tensor=layer.tensor,
             op="+".join([*dict.fromkeys(other.op for other in before), layer.op]),
-            weight=next((weight for weight in (layer.weight, *(other.weight for other in before)) if weight), ""),
+            module=next((name for name in (layer.module, *(other.module for other in before)) if name), ""),
             inputs=tuple(
                 source for name in layer.inputs for source in (absent[name].inputs if name in absent else (name,))
             ),
@@ -202,7 +203,7 @@ def attribute(layers: Sequence[Layer], sums: Sequence[Sums]) -> list[Drift]:
             Drift(
                 tensor=layer.tensor,
                 op=layer.op,
-                weight=layer.weight,
+                module=layer.module,
                 cosine_mean=float(np.mean(total.cosines)),
                 cosine_min=min(total.cosines),
                 sqnr_db=None if math.isinf(ratio) else ratio,
@@ -213,9 +214,14 @@ def attribute(layers: Sequence[Layer], sums: Sequence[Sums]) -> list[Drift]:
 
 
 def biggest_drops(drifts: Iterable[Drift]) -> list[Drift]:
-    """The layers that lose most, the worst first; none that loses nothing."""
-    worst = sorted(drifts, key=lambda drift: -drift.drop_db)[:NUM_DROPS]
+    """The layers that lose most by what they compute, the worst first; none that loses nothing."""
+    worst = sorted(filter(computes, drifts), key=lambda drift: -drift.drop_db)[:NUM_DROPS]
     return [drift for drift in worst if drift.drop_db > 0]
+
+
+def computes(drift: Drift) -> bool:
+    """Whether a layer does more than move values."""
+    return not MOVES.issuperset(drift.op.split("+"))
 
 
 def drift_json(artifact: Artifact, variant: str, drifts: Sequence[Drift], images: int) -> dict[str, Any]:
@@ -233,7 +239,7 @@ def drift_json(artifact: Artifact, variant: str, drifts: Sequence[Drift], images
 
 def print_drift(artifact: Artifact, variant: str, drifts: Sequence[Drift], images: int) -> None:
     """Print a table of the layers that compute, and the biggest drops, to stdout."""
-    shown = [drift for drift in drifts if not MOVES.issuperset(drift.op.split("+"))]
+    shown = list(filter(computes, drifts))
     width = max(len("layer"), *(len(_name(drift)) for drift in shown)) if shown else len("layer")
     print(f"{artifact.name}: {variant} against {REFERENCE_GRAPH}, layer by layer, {images} golden images")
     print(f"{'layer':<{width}}  {'operator':<18}  cos mean    cos min  SQNR dB  own drop dB")
@@ -246,6 +252,6 @@ def print_drift(artifact: Artifact, variant: str, drifts: Sequence[Drift], image
 
 
 def _name(drift: Drift) -> str:
-    """The name in torch where the layer has weights, else its tensor's; printable, whatever the file says."""
-    name = drift.weight.rpartition(".")[0] or drift.tensor
+    """The module's name where there is one, else the tensor's; printable, whatever the file says."""
+    name = drift.module or drift.tensor
     return name if name.isprintable() and len(name) <= 60 else repr(name[:60])

@@ -124,12 +124,12 @@ def open_engine(trt: Any, model: Path, recipe: Recipe, gpu: dict[str, str], cach
         raise cannot_load("TensorRT", model, RuntimeError("; ".join(build.messages)))
     for message in build.messages:
         say(f"TensorRT on '{model}': {message}")
-    engines.store("engine", facts, build.engine)
-    if build.timing:
-        engines.store("timing", machine, build.timing)
     engine = runtime.deserialize_cuda_engine(build.engine)
     if engine is None:
         raise cannot_load("TensorRT", model, RuntimeError("; ".join(take_messages(trt))))
+    engines.store("engine", facts, build.engine)
+    if build.timing:
+        engines.store("timing", machine, build.timing)
     if time.monotonic() - start > SLOW_BUILD_S:
         say(f"Built the engine of '{model}' in {time.monotonic() - start:.0f} s, kept in '{engines.folder}'.")
     return engine

@@ -22,6 +22,7 @@ from midge.profiles.profile import choose_cells, why_not_here
 from midge.profiles.record import load_record, predictions_path
 from midge.profiles.rounds import INPUTS, Cell, find_faults, pick_images, write_inputs
 from midge.runtime.artifact import load_artifact
+from midge.runtime.cuda_device import why_no_gpu
 from midge.runtime.errors import UserError
 from midge.runtime.images import list_images, load_image
 from midge.train.data_config import PackConfig
@@ -314,3 +315,5 @@ def test_the_reasons_for_which_a_record_is_invalid(tiny_artifact: Path) -> None:
 def test_every_variant_has_a_runtime_or_a_reason() -> None:
     assert why_not_here("onnx-fp32") is None
     assert why_not_here("coreml-fp16") == "this midge knows no runtime for it"
+    if gpu := why_no_gpu():
+        assert why_not_here("tensorrt-fp32") in {gpu, "tensorrt is not installed (pip install 'midge[tensorrt]')"}

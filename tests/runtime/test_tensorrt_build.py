@@ -16,7 +16,10 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from midge.runtime.artifact import Variant
 from midge.runtime.backend import BackendOptions, missing_packages, open_backend, why_not_on_this_machine
 from midge.runtime.cuda_device import why_no_gpu
+from midge.runtime.engine_cache import EngineCache
 from midge.runtime.errors import UserError
+from midge.runtime.files import sha256_file
+from midge.runtime.tensorrt_backend import open_engine
 from midge.runtime.tensorrt_build import (
     RECIPE,
     Recipe,
@@ -164,6 +167,32 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     for module in ("cuda", "cuda.bindings", "cuda.bindings.runtime", "cuda.cudart"):
         monkeypatch.setitem(sys.modules, module, None)
     assert why_no_gpu() == "cuda-bindings is not installed (pip install 'midge[tensorrt]')"
+
+
+@pytest.mark.skipif(why_no_gpu() is None, reason="there is a GPU")
+def test_an_engine_that_cannot_be_loaded_is_not_kept(
+    trt: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Built for a GPU that is not there: the builder takes the graph, the runtime then refuses the engine."""
+    gpu = {"name": "none", "compute_capability": "8.7"}
+    model, cache = save(tmp_path, network()).model, tmp_path / "cache"
+    with pytest.raises(UserError, match=r"TensorRT cannot load .*(?i:cuda)") as caught:
+        open_engine(trt, model, RECIPES, gpu, cache)
+    assert "\n" not in str(caught.value)
+    assert not list(cache.iterdir())
+    facts = {
+        **{"runtime": "tensorrt_rtx", "version": trt.__version__, "gpu": gpu},
+        **{"onnx_sha256": sha256_file(model), "recipe": RECIPES.to_json()},
+    }
+    EngineCache(cache).store("engine", facts, b"an engine of another make")
+    capsys.readouterr()
+    with pytest.raises(UserError, match="TensorRT cannot load"):
+        open_engine(trt, model, RECIPES, gpu, cache)
+    assert f"The cached engine of '{model}' is built again" in " ".join(capsys.readouterr().err.split())
+    assert not list(cache.iterdir())
+    model.write_bytes(network(zero_point=3).SerializeToString())
+    with pytest.raises(UserError, match=r"TensorRT cannot load .*(?i:zero)"):
+        open_engine(trt, model, RECIPES, gpu, cache)
 
 
 @pytest.mark.skipif(why_no_gpu() is not None, reason=f"no GPU: {why_no_gpu()}")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..runtime.artifact import Artifact, variant_runtime
+from ..runtime.backend import cannot_load
 from ..runtime.errors import UserError, require, unknown_name
 from ..runtime.progress import track
 from .taps import TAPS, tap_onnx
@@ -102,7 +103,10 @@ def measure_drift(artifact: Artifact, variant: str, images: np.ndarray) -> list[
     runtime = variant_runtime(variant)
     if runtime not in TAPS:
         raise UserError(f"The drift of {variant} cannot be measured: give a variant of {', '.join(sorted(TAPS))}.")
-    whole = read_layers(onnx.load(reference).graph)
+    try:
+        whole = read_layers(onnx.load(reference).graph)
+    except Exception as error:  # protobuf's own, and it may come from elsewhere
+        raise cannot_load("onnx", reference, error) from None
     ops = {layer.tensor: layer.op for layer in whole}
     tap = TAPS[runtime](model, ops)
     layers = merge_layers(whole, tap.sources)
@@ -112,8 +116,12 @@ def measure_drift(artifact: Artifact, variant: str, images: np.ndarray) -> list[
     given = tap.open([tap.sources[layer.tensor] for layer in layers])
     sums = [Sums() for _ in layers]
     for image in track(images, "Layer by layer"):
-        pairs = zip(given(image[None]), expected(image[None]), layers, sums, strict=True)
-        for values, right, layer, total in pairs:
+        try:
+            tensors = given(image[None]), expected(image[None])
+        except Exception as error:  # each runtime has its own kinds; the model may be hostile
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(f"The variant {variant} cannot run ({reason}): export the artifact again.") from None
+        for values, right, layer, total in zip(*tensors, layers, sums, strict=True):
             if values.shape != right.shape or not (np.isfinite(values).all() and np.isfinite(right).all()):
                 raise UserError(
                     f"The tensor '{layer.tensor}' of {variant} is {values.shape}, in {REFERENCE_GRAPH} {right.shape}, "

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..runtime.backend import cannot_load
 from ..runtime.errors import require
 
 Run = Callable[[np.ndarray], list[np.ndarray]]
@@ -41,7 +42,10 @@ def tap_onnx(path: Path, ops: Mapping[str, str]) -> Tap:
     onnx = require("onnx", "export")
     import onnxruntime as ort
 
-    model = onnx.load(path)
+    try:
+        model = onnx.load(path)
+    except Exception as error:  # protobuf's own, and it may come from elsewhere
+        raise cannot_load("onnx", path, error) from None
     made = {name: node.op_type for node in model.graph.node for name in node.output}
     quantized, dequantized = (
         {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == op}
@@ -61,7 +65,10 @@ def tap_onnx(path: Path, ops: Mapping[str, str]) -> Tap:
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 3
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        try:
+            session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions share no base class
+            raise cannot_load("ONNX Runtime", path, error) from None
         given = session.get_inputs()[0].name
         return lambda image: [np.asarray(value) for value in session.run(list(tensors), {given: image})]
 
@@ -72,7 +79,10 @@ def tap_openvino(path: Path, ops: Mapping[str, str]) -> Tap:
     """An OpenVINO model, whose tensors keep the names of the ONNX file that it was made from."""
     openvino = require("openvino", "openvino")
     core = openvino.Core()
-    model = core.read_model(path)
+    try:
+        model = core.read_model(path)
+    except Exception as error:  # RuntimeError mostly, but each frontend has its own
+        raise cannot_load("OpenVINO", path, error) from None
     names = {name for op in model.get_ordered_ops() for port in op.outputs() for name in port.get_names()}
 
     def open_run(tensors: Sequence[str]) -> Run:

@@ -1,6 +1,7 @@
 """``midge verify``: every variant of an artifact against its torch reference, on whatever runtimes this machine has.
 
-It needs neither torch nor onnx: the golden pack holds the reference's outputs. Only ``--data`` runs the reference live.
+It needs neither torch nor onnx: the golden pack holds the reference's outputs. Only ``--data`` runs the reference live,
+and ``--drift`` reads graphs.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -145,6 +146,15 @@ def test_what_cannot_be_compared_is_told(artifact: Artifact, changed_artifact: P
         for tensor in (*model.graph.initializer, *model.graph.output):
             tensor.name = f"x_{tensor.name}"
         del model.graph.value_info[:]
+
+    for variant in ("onnx-int8-s8", "onnx-fp32"):  # the hash is checked before, so a forger would have changed both
+        broken = dataclasses.replace(artifact.variants[variant], model=changed_artifact / "garbage.onnx")
+        broken.model.write_bytes(b"garbage")
+        forged = dataclasses.replace(artifact, variants={**artifact.variants, variant: broken})
+        with pytest.raises(UserError, match="onnx cannot load"):
+            measure_drift(forged, "onnx-int8-s8", images)
+    with pytest.raises(UserError, match="onnx-int8-s8 cannot run"):
+        measure_drift(artifact, "onnx-int8-s8", images[:, :, :16])
 
     with pytest.raises(UserError, match="No tensor of onnx-int8-u8 has a name of onnx-fp32's"):
         measure_drift(damage(changed_artifact, "onnx-int8-u8", rename), "onnx-int8-u8", images)

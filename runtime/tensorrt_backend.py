@@ -45,6 +45,10 @@ class TensorRtBackend:
         threads: not used: the GPU does the work.
         device: the GPU's number, as text; None is the first.
         cache: folder of engines; None is the user's own.
+
+    Attributes:
+        input_dtype: of the input.
+        dynamic_batch: an engine is built for one batch.
     """
 
     def __init__(self, model: Path, threads: int, device: str | None = None, cache: Path | None = None) -> None:
@@ -58,7 +62,7 @@ class TensorRtBackend:
             self.inputs, self.outputs = _specs(self._trt, self._engine, self._context)
             if len(self.inputs) != 1 or len(self.inputs[0].shape) != 4 or not self.outputs:
                 raise UserError(f"The model '{model}' has {self.inputs}: it must have one input of 4 fixed sides.")
-            self.input_shape = self.inputs[0].shape
+            self.input_shape, self.input_dtype, self.dynamic_batch = self.inputs[0].shape, self.inputs[0].dtype, False
             self._results = {spec.name: np.empty(spec.shape, spec.dtype) for spec in self.outputs}
             self._addresses = {
                 spec.name: self._gpu.take(int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize)
@@ -77,7 +81,11 @@ class TensorRtBackend:
         self.close()
 
     def run(self, batch: np.ndarray) -> np.ndarray:
-        """Outputs (N, K) float32 for a batch of ``input_shape``, copied to the GPU and back."""
+        """The first output, (N, K) float32, for a batch of ``input_shape``, copied to the GPU and back."""
+        return self.run_all(batch)[0]
+
+    def run_all(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
+        """All outputs, float32, in the engine's order."""
         check_batch(batch, self.input_shape)
         self._gpu.upload(self._addresses[self.inputs[0].name], np.ascontiguousarray(batch))
         if not self._context.execute_async_v3(self._gpu.stream):
@@ -85,7 +93,7 @@ class TensorRtBackend:
         for name, result in self._results.items():
             self._gpu.download(result, self._addresses[name])
         self._gpu.wait()
-        return self._results[self.outputs[0].name].astype(np.float32)
+        return tuple(self._results[spec.name].astype(np.float32) for spec in self.outputs)
 
     def placement(self) -> Placement:
         """The layers of the engine, which tell no shapes of all fused operands: the integer share is not known."""

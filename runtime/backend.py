@@ -103,7 +103,7 @@ class Backend(Protocol):
     def __exit__(self, *exc: object) -> None: ...
 
 
-# Runtime -> class, imported only when it is opened. It is called as Class(model, threads, device, cache).
+# Runtime -> class, imported only when it is opened. It is called as Class(model, threads, device=, cache=).
 BACKENDS = {
     "onnxruntime": "ort_backend:OrtBackend",
     "openvino": "openvino_backend:OpenVinoBackend",
@@ -165,7 +165,9 @@ def open_backend(variant: Variant, options: BackendOptions = DEFAULTS) -> Backen
         raise unknown_name("runtime", runtime, BACKENDS)
     if options.threads < 1:
         raise UserError(f"Cannot run with {options.threads} threads: give at least 1.")
-    return _load(BACKENDS[runtime])(variant.model, options.threads, options.device, options.cache)
+    given = {"device": options.device, "cache": options.cache}
+    given = {name: value for name, value in given.items() if value is not None}  # else the class's own default
+    return _load(BACKENDS[runtime])(variant.model, options.threads, **given)
 
 
 def predict(backend: Backend, images: Iterable[np.ndarray]) -> np.ndarray:

@@ -38,7 +38,8 @@ class ExportConfig:
     """Runtimes to export for: onnx, openvino, tensorrt. The torch reference is always written."""
 
     precision: tuple[str, ...] = ("fp32", "int8")
-    """Precisions: fp32, fp16, int8. INT8 for ONNX is written in two dialects, u8 (CPUs) and s8 (TensorRT)."""
+    """Precisions: fp32, fp16, int8. INT8 for ONNX is written in dialects: u8 (CPUs), s8 (TensorRT) and, for a network
+    with attention, dynamic (ONNX Runtime on CPUs)."""
 
     data: Path | None = None
     """Folder of calibration images, whose labels are not looked at; default those the run was trained on."""
@@ -49,6 +50,10 @@ class ExportConfig:
 
     calibration_images: int = 512
     """Number of calibration images: a seeded random subset."""
+
+    calibration: str = "mse"
+    """How the ranges of activations are chosen: minmax, percentile (99.99 %; also percentile-99.9, percentile-99.999),
+    mse (smallest squared error), entropy. All are stored."""
 
     name: str | None = None
     """Name of the artifact; default the name of the folder OUT."""

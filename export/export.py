@@ -18,7 +18,7 @@ from .. import __version__
 from ..runtime.artifact import NAME, REFERENCE, load_artifact, write_manifest
 from ..runtime.backend import predict
 from ..runtime.errors import UserError, require
-from ..runtime.files import atomic_folder, read_json, refuse_existing, sha256_file, write_json
+from ..runtime.files import atomic_folder, read_json, refuse_existing, sha256_file
 from ..runtime.golden import write_golden
 from ..runtime.torch_backend import TorchBackend
 from ..runtime.torch_model import ModelSpec, load_model
@@ -26,10 +26,12 @@ from .calibration import Samples, draw_samples, find_images
 from .config import ExportConfig
 from .fold import fold_batch_norm
 from .onnx_export import export_onnx, save_onnx
-from .quantize import METHOD, Ranges, measure_ranges
+from .prepare import prepare
+from .quantize import is_transformer
+from .ranges import RangeTable, check_calibration_images, check_method, write_calibration
 from .targets import select_variants
 from .tensorrt_export import CHECKER, note_builds
-from .writers import WRITERS, Source, check_packages
+from .writers import WRITERS, Source, check_packages, suited
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,6 +47,7 @@ def export_run(config: ExportConfig) -> int:
         UserError: a name, the run, the images or the output folder is not usable, or a package is missing.
     """
     config.check()
+    check_method(config.calibration)
     variants = select_variants(config.targets, config.precision)
     name = artifact_name(config)
     refuse_existing(config.out)
@@ -58,16 +61,19 @@ def export_run(config: ExportConfig) -> int:
         model, spec = load_model(config.run, stem)
         count = config.calibration_images if any("int8" in variant for variant in variants) else 0
         samples = draw_samples(root, evaluation_root, spec.preprocess, count, config.seed, config.workers)
+        if count:
+            check_calibration_images(samples.calibration.inputs)
     with atomic_folder(config.out) as folder:
         kind = "classifier" if stem == "classifier" else "embedding"
         output_name = "logits" if kind == "classifier" else "features"
-        written = (REFERENCE, *variants)
-        ranges = write_variants(folder, written, model, spec, output_name, samples, seconds)
+        written, table = write_variants(
+            folder, (REFERENCE, *variants), model, spec, output_name, samples, seconds, config.calibration
+        )
         models = {variant: f"{variant}/{WRITERS[variant].model}" for variant in written}
         with timed(seconds, "golden"):
             outputs = write_golden_pack(folder, folder / models[REFERENCE], samples)
         if count:
-            write_calibration(folder, samples, ranges, config.seed, tool_versions(variants))
+            write_calibration(folder, samples, table, config.calibration, config.seed, tool_versions(variants))
         builds = note_builds(folder, variants) if config.check_build else True
         write_manifest(
             folder,
@@ -125,11 +131,12 @@ def write_variants(
     output_name: str,
     samples: Samples,
     seconds: dict[str, float],
-) -> Ranges:
+    method: str,
+) -> tuple[tuple[str, ...], RangeTable | None]:
     """Write the variants, each into the folder of its name.
 
     Returns:
-        The ranges of the activations, by tensor; empty where no variant needed them.
+        Those that suit the network, and the ranges of the activations; None where no variant needed them.
     """
     images = samples.calibration.inputs
     with tempfile.TemporaryDirectory() as work:
@@ -138,16 +145,17 @@ def write_variants(
             folded = fold_batch_norm(model, spec.input_px)
             graph = export_onnx(folded, spec.input_px, output_name)
             save_onnx(graph, onnx_path)
-        ranges: Ranges = {}
+        variants = suited(variants, is_transformer(graph))
+        int8, table = None, None
         if any(WRITERS[variant].needs_ranges for variant in variants):
             with timed(seconds, "calibration"):
-                ranges = measure_ranges(onnx_path, images)
-        source = Source(model, folded, spec, graph, onnx_path, images, ranges)
+                int8, table = prepare(graph, images, method)
+        source = Source(model, folded, spec, graph, onnx_path, images, int8)
         for variant in variants:
             writer = WRITERS[variant]
             with timed(seconds, variant):
                 writer.write(source, folder / variant / writer.model)
-    return ranges
+    return variants, table
 
 
 def write_golden_pack(folder: Path, model: Path, samples: Samples) -> np.ndarray:
@@ -167,21 +175,6 @@ def write_golden_pack(folder: Path, model: Path, samples: Samples) -> np.ndarray
         )
     write_golden(folder / "golden.npz", samples.golden.inputs, outputs)
     return outputs
-
-
-def write_calibration(folder: Path, samples: Samples, ranges: Ranges, seed: int, tools: dict[str, str]) -> None:
-    """Write calibration.json: the images, how they were drawn, and the ranges that were found with them."""
-    calibration = {
-        "schema": 1,
-        "method": {"onnx": METHOD, "openvino": "NNCF's own, with fast bias correction"},
-        "seed": seed,
-        "evaluation_images": samples.evaluation_images,
-        "excluded": samples.excluded,
-        "images": samples.calibration.to_json(),
-        "ranges": {name: list(low_high) for name, low_high in ranges.items()},
-        "tools": tools,
-    }
-    write_json(folder / "calibration.json", calibration)
 
 
 def describe_origin(run: Path, stem: str, spec: ModelSpec, samples: Samples) -> dict[str, Any]:

@@ -14,37 +14,19 @@ stay float: only convolutions and matrix products are quantized there.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import math
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..runtime.errors import require
-from ..runtime.progress import Bar
-from .onnx_export import INPUT, without_notes
+from ..runtime.errors import UserError, require
+from .onnx_export import without_notes
+from .ranges import WEIGHTED, Ranges
 
 if TYPE_CHECKING:
     from onnx import ModelProto
-
-Ranges = Mapping[str, tuple[float, float]]
-"""Tensor of the FP32 graph -> lowest and highest value that its 8-bit form stands for."""
-
-# Chosen by measurement among min-max, the mean of the images' extremes, percentiles 99.9 to 99.999 and entropy, on
-# 10,000 test images of 32 px. All keep the top-1 within 0.4 points. This one is among the best at keeping the float
-# network's own predictions: 99.1 % of a ResNet18's, and 93.2 % of a weakly trained MobileNetV2's, where the mean keeps
-# 91.2 % and min-max 92.1 %.
-PERCENTILE = 99.99
-METHOD = f"{PERCENTILE} % of the values by a histogram over all images"
-HISTOGRAM_BINS = 2048
-CHUNK_BYTES = 256 << 20
-
-WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 # Operators of convolutional networks that ONNX Runtime runs on integers, or that only move what is quantized.
 INTEGER_OPS = (
@@ -52,6 +34,15 @@ INTEGER_OPS = (
     *("Add", "Mul", "Concat", "Relu", "Clip", "LeakyRelu", "Sigmoid"),
     *("MaxPool", "AveragePool", "GlobalAveragePool"),
     *("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Pad", "Resize"),
+)
+
+DYNAMIC = "onnx-int8-dynamic"
+"""The variant without static ranges, for transformers: see :func:`quantize_dynamic`."""
+
+# Operators that no float network has.
+INTEGER_ONLY = frozenset(
+    {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"}
+    | {"ConvInteger", "MatMulInteger"}
 )
 
 
@@ -72,6 +63,11 @@ class Dialect:
     float_outputs: tuple[str, ...]
     options: dict[str, Any]
     note: str
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the zero point of every activation is 0."""
+        return bool(self.options["ActivationSymmetric"])
 
 
 DIALECTS = {
@@ -96,76 +92,39 @@ DIALECTS = {
 }
 
 
-def measure_ranges(onnx_path: Path, images: np.ndarray) -> Ranges:
-    """Measure the range of every activation, once for all dialects.
-
-    Args:
-        onnx_path: the FP32 graph.
-        images: (N, 3, H, W) float32, preprocessed.
-
-    Returns:
-        Of each tensor the range that ``PERCENTILE`` % of its values lie in, by a histogram over all images.
-    """
-    require("onnx", "export")
-    from onnxruntime.quantization.calibrate import PercentileCalibrater
-
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        contextlib.redirect_stdout(io.StringIO()),  # where it notes what it does
-        Bar("Calibrating ONNX", len(images)) as bar,
-    ):
-        augmented = Path(folder) / "augmented.onnx"
-        calibrator = PercentileCalibrater(
-            onnx_path, augmented_model_path=str(augmented), num_bins=HISTOGRAM_BINS, percentile=PERCENTILE
-        )
-        calibrator.augment_graph()
-        calibrator.create_inference_session()
-        for chunk in np.array_split(images, _num_chunks(calibrator.infer_session, len(images))):
-            # It keeps all activations of a chunk. The reader need not be of its class.
-            calibrator.collect_data(_Reader(chunk, bar))  # type: ignore[arg-type]
-        measured = calibrator.compute_data()
-    low_high = {name: np.ravel(measured[name].range_value).tolist() for name in sorted(measured.keys())}
-    return {name: (low, high) for name, (low, high) in low_high.items()}
-
-
-def _num_chunks(session: Any, num_images: int) -> int:
-    """Number of parts of the images, so that the activations of one part take at most ``CHUNK_BYTES``."""
-    image_bytes = sum(4 * math.prod(output.shape) for output in session.get_outputs())
-    return math.ceil(num_images / max(1, CHUNK_BYTES // image_bytes))
-
-
-class _Reader:
-    """Images as ORT's calibrators ask for them.
-
-    Args:
-        images: (N, 3, H, W) float32.
-        bar: counts them.
-    """
-
-    def __init__(self, images: np.ndarray, bar: Bar) -> None:
-        self._images = iter(images)
-        self._bar = bar
-
-    def get_next(self) -> dict[str, np.ndarray]:
-        image = next(self._images, None)
-        if image is None:
-            return {}
-        self._bar.advance()
-        return {INPUT: image[None]}
-
-
 def is_transformer(model: ModelProto) -> bool:
     """Whether a network has attention or the normalization that goes with it."""
     return any(node.op_type in {"LayerNormalization", "Softmax"} for node in model.graph.node)
 
 
-def quantize_onnx(onnx_path: Path, ranges: Ranges, dialect: Dialect) -> ModelProto:
+def refuse_quantized(graph: ModelProto) -> None:
+    """Refuse a graph that is quantized already.
+
+    Raises:
+        UserError: names one of its operators.
+    """
+    integer = next((node for node in graph.graph.node if node.op_type in INTEGER_ONLY), None)
+    if integer is not None:
+        raise UserError(
+            f"The graph is quantized already: it has {integer.op_type} '{integer.name[:100]}'. Give an FP32 graph."
+        )
+
+
+def quantize_onnx(
+    graph: ModelProto | Path,
+    ranges: Ranges,
+    dialect: Dialect,
+    float_nodes: Collection[str] = (),
+    only: Collection[str] = (),
+) -> ModelProto:
     """Write Q/DQ into a graph.
 
     Args:
-        onnx_path: the FP32 graph.
+        graph: the FP32 graph, or the file that holds it.
         ranges: of its activations.
         dialect: one of ``DIALECTS``.
+        float_nodes: names of nodes that stay float.
+        only: names of the nodes that are quantized; all where empty.
 
     Returns:
         The checked INT8 graph.
@@ -175,7 +134,7 @@ def quantize_onnx(onnx_path: Path, ranges: Ranges, dialect: Dialect) -> ModelPro
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
     from onnxruntime.quantization.quant_utils import QuantType
 
-    model = onnx.shape_inference.infer_shapes(onnx.load(onnx_path))
+    model = onnx.shape_inference.infer_shapes(onnx.load(graph) if isinstance(graph, Path) else graph)
     transformer = is_transformer(model)
     low_high: dict[str, Any] = {name: (np.float32(low), np.float32(high)) for name, (low, high) in ranges.items()}
     tensors_range = TensorsData(CalibrationMethod.MinMax, low_high)  # a new one: the quantizer rewrites it
@@ -186,14 +145,53 @@ def quantize_onnx(onnx_path: Path, ranges: Ranges, dialect: Dialect) -> ModelPro
         weight_qType=QuantType.QInt8,
         activation_qType=QuantType[dialect.activations],
         tensors_range=tensors_range,
-        nodes_to_quantize=[],
-        nodes_to_exclude=[],
+        nodes_to_quantize=list(only),
+        nodes_to_exclude=list(float_nodes),
         op_types_to_quantize=list(WEIGHTED if transformer else dialect.ops),
         extra_options={**dialect.options, "OpTypesToExcludeOutputQuantization": list(dialect.float_outputs)},
     )
-    if not transformer and "Add" not in dialect.ops:
+    if not transformer and "Add" not in dialect.ops and not only:
         for tensor in float_residuals(model):
             quantizer.quantize_activation_tensor(tensor)
+    quantizer.quantize_model()
+    quantizer.model.topological_sort()
+    quantized = quantizer.model.model
+    without_notes(quantized)
+    onnx.checker.check_model(quantized, full_check=True)
+    return quantized
+
+
+def quantize_dynamic(graph: ModelProto, float_nodes: Collection[str] = ()) -> ModelProto:
+    """Quantize the matrix products with weights, the ranges of whose data are found for each image.
+
+    Weights are signed and symmetric per output channel, as in the static dialects; whatever is no matrix product with
+    weights stays float, a convolution that embeds patches too.
+
+    Args:
+        graph: the FP32 graph.
+        float_nodes: names of nodes that stay float.
+
+    Returns:
+        The checked INT8 graph.
+    """
+    onnx = require("onnx", "export")
+    from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
+    from onnxruntime.quantization.quant_utils import QuantizationMode, QuantType
+
+    quantizer = ONNXQuantizer(
+        onnx.shape_inference.infer_shapes(graph),
+        per_channel=True,
+        reduce_range=False,
+        mode=QuantizationMode.IntegerOps,
+        static=False,
+        weight_qType=QuantType.QInt8,
+        activation_qType=QuantType.QUInt8,
+        tensors_range=None,
+        nodes_to_quantize=[],
+        nodes_to_exclude=[*float_nodes, *(f"{name}_MatMul" for name in float_nodes)],  # a Gemm becomes a MatMul first
+        op_types_to_quantize=["MatMul", "Gemm"],
+        extra_options={"MatMulConstBOnly": True},
+    )
     quantizer.quantize_model()
     quantizer.model.topological_sort()
     quantized = quantizer.model.model

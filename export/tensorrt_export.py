@@ -18,7 +18,6 @@ from ..runtime.files import read_json, write_json
 from ..runtime.progress import say, track
 from ..runtime.tensorrt_build import RECIPE, Recipe, build_engine, read_recipe
 from .onnx_export import save_onnx, without_notes
-from .quantize import DIALECTS, Ranges, quantize_onnx
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -35,11 +34,6 @@ def save_tensorrt(graph: ModelProto, path: Path, precision: str) -> None:
     dtype = require("onnx", "export").helper.tensor_dtype_to_np_dtype(kind.elem_type).name
     save_onnx(graph, path)
     write_json(path.with_name(RECIPE), Recipe(precision, given.name, shape, dtype).to_json())
-
-
-def int8_graph(onnx_path: Path, ranges: Ranges) -> ModelProto:
-    """The graph in the dialect that TensorRT's parser takes."""
-    return quantize_onnx(onnx_path, ranges, DIALECTS["onnx-int8-s8"])
 
 
 def float16_graph(onnx_path: Path) -> ModelProto:

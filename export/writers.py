@@ -15,11 +15,13 @@ import numpy as np
 
 from ..runtime.artifact import REFERENCE
 from ..runtime.errors import require
+from ..runtime.progress import say
 from ..runtime.torch_model import ModelSpec, save_model
 from .onnx_export import save_onnx
 from .openvino_export import import_nncf, quantize_openvino, save_openvino
-from .quantize import DIALECTS, Ranges, is_transformer, quantize_onnx
-from .tensorrt_export import float16_graph, int8_graph, save_tensorrt
+from .prepare import Prepared
+from .quantize import DIALECTS, DYNAMIC, is_transformer, quantize_dynamic
+from .tensorrt_export import float16_graph, save_tensorrt
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -37,7 +39,7 @@ class Source:
         graph: its FP32 ONNX graph, made from ``folded``.
         onnx_path: a file that holds the graph.
         images: (N, 3, H, W) float32, preprocessed calibration images; none where nothing is quantized.
-        ranges: of the graph's activations; empty where nothing needs them.
+        int8: what the INT8 variants are written from; None where there are none.
     """
 
     model: nn.Module
@@ -46,7 +48,7 @@ class Source:
     graph: ModelProto
     onnx_path: Path
     images: np.ndarray
-    ranges: Ranges
+    int8: Prepared | None
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Writer:
         model: name of the file or folder that the runtime loads, inside the variant's folder.
         write: writes it, given the source and that path, whose folder is new and not yet there.
         note: what a reader of the manifest should know.
-        needs_ranges: whether it takes the table of ranges.
+        needs_ranges: whether it is written from the prepared graph and its ranges.
+        transformers_only: whether it is of no use to a network without attention.
         packages: what it imports, by the extra that brings it.
     """
 
@@ -65,6 +68,7 @@ class Writer:
     write: Callable[[Source, Path], None]
     note: str = ""
     needs_ranges: bool = False
+    transformers_only: bool = False
     packages: tuple[tuple[str, str], ...] = ()
 
 
@@ -84,9 +88,21 @@ def onnx_dialect(variant: str) -> Writer:
     dialect = DIALECTS[variant]
 
     def write(source: Source, path: Path) -> None:
-        save_onnx(quantize_onnx(source.onnx_path, source.ranges, dialect), path)
+        save_onnx(prepared(source).quantize(variant), path)
 
     return Writer("model.onnx", write, dialect.note, needs_ranges=True)
+
+
+def prepared(source: Source) -> Prepared:
+    """What the INT8 variants are written from, where it is known to be there."""
+    assert source.int8 is not None
+    return source.int8
+
+
+def write_dynamic(source: Source, path: Path) -> None:
+    """``onnx-int8-dynamic``: the ranges of activations are found anew for each image."""
+    int8 = prepared(source)
+    save_onnx(quantize_dynamic(int8.graph, int8.float_nodes), path)
 
 
 def write_openvino(source: Source, path: Path) -> None:
@@ -111,7 +127,7 @@ def write_tensorrt_fp16(source: Source, path: Path) -> None:
 
 def write_tensorrt_int8(source: Source, path: Path) -> None:
     """``tensorrt-int8``: the graph in the ``s8`` dialect, and the recipe."""
-    save_tensorrt(int8_graph(source.onnx_path, source.ranges), path, "int8")
+    save_tensorrt(prepared(source).quantize("onnx-int8-s8"), path, "int8")
 
 
 ENGINE_NOTE = "The engine is built on the device, by recipe.json."
@@ -123,6 +139,13 @@ WRITERS: dict[str, Writer] = {
     "onnx-fp32": Writer("model.onnx", write_onnx),
     "onnx-int8-u8": onnx_dialect("onnx-int8-u8"),
     "onnx-int8-s8": onnx_dialect("onnx-int8-s8"),
+    DYNAMIC: Writer(
+        "model.onnx",
+        write_dynamic,
+        "Matrix products on integers, with ranges found for each image: for transformers in ONNX Runtime on CPUs.",
+        needs_ranges=True,
+        transformers_only=True,
+    ),
     "openvino-fp32": Writer("model.xml", write_openvino, packages=OPENVINO),
     "openvino-int8": Writer(
         "model.xml",
@@ -134,6 +157,14 @@ WRITERS: dict[str, Writer] = {
     "tensorrt-fp16": Writer("model.onnx", write_tensorrt_fp16, ENGINE_NOTE),
     "tensorrt-int8": Writer("model.onnx", write_tensorrt_int8, ENGINE_NOTE, needs_ranges=True),
 }
+
+
+def suited(variants: Sequence[str], transformer: bool) -> tuple[str, ...]:
+    """The variants that are of use to a network; what is left out is said."""
+    left_out = [variant for variant in variants if WRITERS[variant].transformers_only and not transformer]
+    for variant in left_out:
+        say(f"Left out {variant}: it is for networks with attention, and this one has none.")
+    return tuple(variant for variant in variants if variant not in left_out)
 
 
 def check_packages(variants: Sequence[str]) -> None:

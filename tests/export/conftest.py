@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
 from midge.export.config import ExportConfig
 from midge.export.export import export_run
+from midge.export.onnx_export import export_onnx
 from midge.runtime.artifact import Artifact, load_artifact
 from midge.runtime.preprocess import Preprocess
 from midge.runtime.torch_model import ModelSpec, build_model, save_model
@@ -100,3 +102,17 @@ def changed_artifact(artifact_path: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
     shutil.copytree(artifact_path, tmp_path / "changed")
     return tmp_path / "changed"
+
+
+@pytest.fixture(scope="session")
+def vit() -> onnx.ModelProto:
+    """The graph of a small transformer with ten outputs and weights that differ. Not to be written to."""
+    import torch
+
+    arguments = {"img_size": PX, "patch_size": 8, "depth": 2, "embed_dim": 48}
+    spec = ModelSpec("vit_tiny_patch16_224", arguments, 10, 48, (), Preprocess(PX, PX), PX)
+    model = build_model(spec)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():  # equal ones would be stored, and quantized, as one
+        parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
+    return export_onnx(model, PX, "logits")

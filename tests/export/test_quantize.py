@@ -9,18 +9,19 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from midge.export import quantize
 from midge.export.onnx_export import export_onnx, save_onnx
-from midge.export.quantize import DIALECTS, PERCENTILE, is_transformer, measure_ranges, quantize_onnx
+from midge.export.prepare import Prepared
+from midge.export.quantize import DIALECTS, is_transformer, quantize_dynamic, quantize_onnx, refuse_quantized
+from midge.export.ranges import METHODS, measure_ranges
 from midge.runtime.artifact import Artifact, Variant
-from midge.runtime.backend import open_backend
+from midge.runtime.backend import open_backend, predict
+from midge.runtime.errors import UserError
+from midge.runtime.parity import compare_outputs
 from midge.runtime.preprocess import Preprocess
 from midge.runtime.torch_model import ModelSpec, build_model
 
 PX = 32
 MOBILENET = ModelSpec("mobilenetv2_100", {}, 10, 1280, (), Preprocess(PX, PX), PX)
-VIT_ARGS = {"img_size": PX, "patch_size": 8, "depth": 2, "embed_dim": 48}
-VIT = ModelSpec("vit_tiny_patch16_224", VIT_ARGS, 10, 48, (), Preprocess(PX, PX), PX)
 
 
 class Graph:
@@ -123,62 +124,32 @@ def test_s8_lets_residual_blocks_fuse(s8: Graph) -> None:
 def test_both_dialects_come_from_the_stored_ranges(
     artifact: Artifact, artifact_path: Path, u8: Graph, s8: Graph
 ) -> None:
-    ranges = json.loads((artifact_path / "calibration.json").read_text())["ranges"]
+    stored = json.loads((artifact_path / "calibration.json").read_text())
+    asymmetric, symmetric = METHODS[stored["method"]]
+    ranges = stored["ranges"]["tensors"]
     unsigned, signed = list(u8.activation_scales()), list(s8.activation_scales())
     for tensor, scale, zero_point in unsigned:
-        low, high = min(ranges[tensor][0], 0), max(ranges[tensor][1], 0)
+        low, high = min(ranges[tensor][asymmetric][0], 0), max(ranges[tensor][asymmetric][1], 0)
         assert scale == pytest.approx((high - low) / 255, rel=1e-5)
         assert abs(int(zero_point) + low / scale) <= 0.51
     for tensor, scale, _ in signed:
-        assert scale == pytest.approx(max(map(abs, ranges[tensor])) / 127, rel=1e-5)
+        assert scale == pytest.approx(max(map(abs, ranges[tensor][symmetric])) / 127, rel=1e-5)
     assert len({tensor for tensor, _, _ in signed} & {tensor for tensor, _, _ in unsigned}) >= 15
 
 
-def test_ranges_leave_out_the_share_of_all_values_that_they_should(
-    artifact: Artifact, artifact_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of three tensors, counted over all their values at once; measured in chunks, which must not show."""
-    import onnxruntime
-
+def test_dead_tensors_have_a_scale_all_the_same(artifact: Artifact) -> None:
     model = onnx.load(artifact.variants["onnx-fp32"].model)
-    images = np.random.default_rng(0).normal(size=(12, 3, PX, PX)).astype(np.float32)
-    values_per_image = sum(
-        int(np.prod([side.dim_value for side in info.type.tensor_type.shape.dim]))
-        for info in [
-            *onnx.shape_inference.infer_shapes(model).graph.value_info,
-            *model.graph.input,
-            *model.graph.output,
-        ]
-    )
-    monkeypatch.setattr(quantize, "CHUNK_BYTES", 4 * 4 * values_per_image + 4)
-    ranges = measure_ranges(artifact.variants["onnx-fp32"].model, images)
-    names = [model.graph.node[index].output[0] for index in (0, 1, 20)]
-    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    outputs = [session.run(names, {"image": image[None]}) for image in images]
-    cut = (100 - PERCENTILE) / 200
-    for name, *values in zip(names, *outputs, strict=True):
-        flat = np.concatenate([value.ravel() for value in values])
-        (low, high), bin_width = ranges[name], 2 * np.abs(flat).max() / quantize.HISTOGRAM_BINS
-        assert (flat < low - bin_width).sum() <= cut * flat.size <= (flat < low + 2 * bin_width).sum()
-        assert (flat > high + 2 * bin_width).sum() <= cut * flat.size <= (flat > high - bin_width).sum()
-    assert set(ranges) >= {"image", "logits", *names}
-
-
-def test_measuring_prints_nothing(artifact: Artifact, capfd: pytest.CaptureFixture[str]) -> None:
-    images = np.zeros((2, 3, PX, PX), np.float32)
-    ranges = measure_ranges(artifact.variants["onnx-fp32"].model, images)
-    assert ranges["image"] == (0, 0)
-    assert capfd.readouterr() == ("", "")
-    for dialect in DIALECTS.values():  # dead tensors have a scale all the same
-        graph = Graph(quantize_onnx(artifact.variants["onnx-fp32"].model, ranges, dialect))
-        assert all(scale > 0 for _, scale, _ in graph.activation_scales())
+    table = measure_ranges(model, np.zeros((2, 3, PX, PX), np.float32))
+    assert set(table.estimates["image"].values()) == {(0, 0)}
+    prepared = Prepared(model, table.choose("mse"), table.choose_symmetric("mse"))
+    for variant in DIALECTS:
+        assert all(scale > 0 for _, scale, _ in Graph(prepared.quantize(variant)).activation_scales())
 
 
 def test_ranges_serve_twice(artifact: Artifact) -> None:
     images = np.random.default_rng(0).normal(size=(4, 3, PX, PX)).astype(np.float32)
     path = artifact.variants["onnx-fp32"].model
-    ranges = measure_ranges(path, images)
+    ranges = measure_ranges(onnx.load(path), images).choose("mse")
     before = dict(ranges)
     first, _, again = (quantize_onnx(path, ranges, DIALECTS[f"onnx-int8-{name}"]) for name in ("u8", "s8", "u8"))
     assert first.SerializeToString() == again.SerializeToString()
@@ -191,24 +162,76 @@ def share(model: onnx.ModelProto, path: Path) -> float | None:
         return backend.placement().share
 
 
-@pytest.mark.parametrize(("spec", "transformer"), [(MOBILENET, False), (VIT, True)])
-def test_u8_of_other_networks_runs_on_integers(spec: ModelSpec, transformer: bool, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def mobilenet() -> onnx.ModelProto:
     import torch
 
-    path = tmp_path / "model.onnx"
-    model = build_model(spec)
+    model = build_model(MOBILENET)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():  # equal ones would be stored, and quantized, as one
         parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
-    graph = export_onnx(model, PX, "logits")
-    save_onnx(graph, path)
+    return export_onnx(model, PX, "logits")
+
+
+@pytest.mark.parametrize(("name", "transformer"), [("mobilenet", False), ("vit", True)])
+def test_u8_of_other_networks_runs_on_integers(
+    name: str, transformer: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    graph = request.getfixturevalue(name)
     assert is_transformer(graph) is transformer
     images = np.random.default_rng(0).normal(size=(4, 3, PX, PX)).astype(np.float32)
-    quantized = quantize_onnx(path, measure_ranges(path, images), DIALECTS["onnx-int8-u8"])
+    quantized = quantize_onnx(graph, measure_ranges(graph, images).choose("mse"), DIALECTS["onnx-int8-u8"])
     assert (share(quantized, tmp_path / "int8.onnx") or 0) >= 0.95
     found = Graph(quantized)
     fed = {node.op_type for name in found.of("DequantizeLinear") for node in found.consumers[name.output[0]]}
     assert ("LayerNormalization" in fed, "Add" in fed) == (False, not transformer)
+
+
+def test_dynamic_multiplies_integers_in_a_transformer(vit: onnx.ModelProto, tmp_path: Path) -> None:
+    floats = Graph(vit)
+    weighted = [node for node in floats.of("MatMul", "Gemm") if node.input[1] in floats.constants]
+    quantized = quantize_dynamic(vit)
+    graph = Graph(quantized)
+    products = graph.of("MatMulInteger")
+    assert len(products) == len(weighted) == 9  # 4 of each block, and the classifier
+    for node in products:
+        weights, zero_points = graph.constants[node.input[1]], graph.constants[node.input[3]]
+        assert weights.dtype == zero_points.dtype == np.int8
+        assert zero_points.shape == (weights.shape[1],)  # per output channel
+        assert not zero_points.any()
+    assert {node.op_type for node in floats.nodes} - {node.op_type for node in graph.nodes} <= {"Gemm"}
+    assert "QuantizeLinear" not in {node.op_type for node in graph.nodes}
+    products_macs = sum(int(np.prod(floats.constants[node.input[1]].shape)) for node in weighted[:-1]) * 17
+    head_macs, patches_macs, attention_macs = 48 * 10, 3 * 8 * 8 * 48 * 16, 2 * 2 * 17 * 17 * 48
+    integer = products_macs + head_macs
+    total = integer + patches_macs + attention_macs
+    assert share(quantized, tmp_path / "int8.onnx") == pytest.approx(integer / total)
+    with pytest.raises(UserError, match="quantized already: it has DynamicQuantizeLinear"):
+        refuse_quantized(quantized)
+
+
+def test_dynamic_gives_nearly_the_float_network_s_outputs(vit: onnx.ModelProto, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).normal(size=(16, 3, PX, PX)).astype(np.float32)
+    outputs = []
+    for name, graph in (("float", vit), ("int8", quantize_dynamic(vit))):
+        save_onnx(graph, tmp_path / f"{name}.onnx")
+        with open_backend(Variant("onnx-x", tmp_path / f"{name}.onnx", 1, "0" * 64, "")) as backend:
+            outputs.append(predict(backend, images))
+    parity = compare_outputs(outputs[1], outputs[0])
+    assert 0.999 < parity.cosine_min < 1 - 1e-9
+    with_a_float = quantize_dynamic(vit, [node.name for node in vit.graph.node if node.op_type == "Gemm"])
+    assert len(Graph(with_a_float).of("MatMulInteger")) < 9
+
+
+def test_nodes_that_stay_float(artifact: Artifact) -> None:
+    model = onnx.load(artifact.variants["onnx-fp32"].model)
+    ranges = measure_ranges(model, np.random.default_rng(0).normal(size=(2, 3, PX, PX)).astype(np.float32))
+    names = [node.name for node in model.graph.node if node.op_type == "Conv"][2:4]
+    prepared = Prepared(model, ranges.choose("mse"), ranges.choose_symmetric("mse"), tuple(names))
+    for variant in DIALECTS:
+        graph = Graph(prepared.quantize(variant))
+        plain = {node.name for node in graph.of("Conv", "Gemm") if node.input[1] in graph.constants}
+        assert plain == set(names)
 
 
 def test_u8_runs_on_integers(artifact: Artifact) -> None:

@@ -15,13 +15,17 @@ PRECISIONS = ", ".join(sorted({precision for table in TARGETS.values() for preci
 
 def test_the_defaults_make_every_variant_once() -> None:
     selected = select_variants(("openvino", "onnx", "onnx"), ("int8", "fp32"))
-    assert selected == ("onnx-fp32", "onnx-int8-u8", "onnx-int8-s8", "openvino-fp32", "openvino-int8")
+    assert selected == (
+        "onnx-fp32",
+        *("onnx-int8-u8", "onnx-int8-s8", "onnx-int8-dynamic"),
+        *("openvino-fp32", "openvino-int8"),
+    )
 
 
 @pytest.mark.parametrize(
     ("targets", "precisions", "expected"),
     [
-        (["onnx"], ["int8"], ("onnx-int8-u8", "onnx-int8-s8")),
+        (["onnx"], ["int8"], ("onnx-int8-u8", "onnx-int8-s8", "onnx-int8-dynamic")),
         (["openvino"], ["fp32"], ("openvino-fp32",)),
     ],
 )

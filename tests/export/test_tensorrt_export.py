@@ -12,8 +12,8 @@ import pytest
 from midge.export.config import ExportConfig, VerifyConfig
 from midge.export.export import export_run
 from midge.export.onnx_export import export_onnx, save_onnx
-from midge.export.quantize import measure_ranges
-from midge.export.tensorrt_export import check_build, float16_graph, int8_graph, note_builds, save_tensorrt
+from midge.export.prepare import prepare
+from midge.export.tensorrt_export import check_build, float16_graph, note_builds, save_tensorrt
 from midge.export.verify import verify
 from midge.runtime.artifact import Artifact, Variant, load_artifact
 from midge.runtime.backend import open_backend, predict
@@ -90,8 +90,8 @@ def test_a_transformer_builds_in_every_precision(tmp_path: Path) -> None:
     graph = export_onnx(build_model(VIT).eval(), PX, "logits")
     save_onnx(graph, path)
     images = np.random.default_rng(0).normal(size=(2, 3, PX, PX)).astype(np.float32)
-    ranges = measure_ranges(path, images)
-    graphs = {"fp32": graph, "fp16": float16_graph(path), "int8": int8_graph(path, ranges)}
+    int8 = prepare(graph, images, "mse")[0].quantize("onnx-int8-s8")
+    graphs = {"fp32": graph, "fp16": float16_graph(path), "int8": int8}
     for precision, converted in graphs.items():
         save_tensorrt(converted, tmp_path / precision / "model.onnx", precision)
         verdict = check_build(tmp_path / precision / "model.onnx")

@@ -59,6 +59,9 @@ COMMANDS = {
         "train the classifier on a frozen backbone", "train.evaluation_config:LinearConfig", "train.linear:linear"
     ),
     "export": Command("run -> artifact, FP32 and INT8", "export.config:ExportConfig", "export.export:export_run"),
+    "quantize": Command(
+        "what each layer's INT8 costs; mixed precision", "export.config:QuantizeConfig", "export.requantize:quantize"
+    ),
     "verify": Command("every variant against the reference", "export.config:VerifyConfig", "export.verify:verify"),
     "lint": Command("will runtimes take an ONNX file, in integers?", "export.config:LintConfig", "export.lint:lint"),
     "profile": Command(

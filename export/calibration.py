@@ -85,8 +85,13 @@ def find_images(run: Path, data: Path | None, evaluation_data: Path | None) -> t
         raise UserError(f"The images '{root}' that the run was trained on are gone: name some with --data.")
     if evaluation_data is not None:
         return root, evaluation_data
+    return root, evaluation_beside(root)
+
+
+def evaluation_beside(root: Path) -> Path | None:
+    """The folder test, validation or val beside a folder of training images, where there is one."""
     beside = (root.parent / name for name in TEST_NAMES)
-    return root, next((path for path in beside if path.is_dir() and path.resolve() != root.resolve()), None)
+    return next((path for path in beside if path.is_dir() and path.resolve() != root.resolve()), None)
 
 
 def draw_samples(
@@ -115,8 +120,8 @@ def draw_samples(
     num_golden = min(MAX_GOLDEN, max(MIN_GOLDEN, GOLDEN_BYTES // image_bytes))
     wanted = count + num_golden
     order = np.random.default_rng(seed).permutation(len(images)).tolist()
-    usable = _usable(read_images(images, order, preprocess, workers), evaluation)
-    drawn = list(track(itertools.islice(usable, wanted), "Reading calibration images", min(wanted, len(images))))
+    read = usable(read_images(images, order, preprocess, workers), evaluation)
+    drawn = list(track(itertools.islice(read, wanted), "Reading calibration images", min(wanted, len(images))))
     if evaluation.met:
         say(f"Passed over {evaluation.met} images of '{root}' that are evaluation images in '{evaluation_root}' too.")
     if not drawn:
@@ -127,7 +132,7 @@ def draw_samples(
     num_golden = min(num_golden, max(len(drawn) - count, len(drawn) // 4, 1))
     golden = drawn[-num_golden:]
     calibration = drawn[: min(count, max(len(drawn) - num_golden, 1))]
-    return Samples(_sample(calibration, preprocess), _sample(golden, preprocess), evaluation.met, len(evaluation))
+    return Samples(collect(calibration, preprocess), collect(golden, preprocess), evaluation.met, len(evaluation))
 
 
 class EvaluationImages:
@@ -216,16 +221,17 @@ def read_images(images: ImageList, order: Sequence[int], preprocess: Preprocess,
                     yield result
 
 
-def _usable(read: Iterator[ReadImage], evaluation: EvaluationImages) -> Iterator[ReadImage]:
-    """Each content once, without those of the evaluation."""
-    seen: set[str] = set()
+def usable(read: Iterator[ReadImage], evaluation: EvaluationImages, known: Sequence[str] = ()) -> Iterator[ReadImage]:
+    """Each content once, without those of the evaluation and those whose hashes are known."""
+    seen = set(known)
     for image in read:
         if image.sha256 not in seen and not evaluation.meet(image.size_bytes, image.sha256):
             yield image
         seen.add(image.sha256)
 
 
-def _sample(drawn: Sequence[ReadImage], preprocess: Preprocess) -> Sample:
+def collect(drawn: Sequence[ReadImage], preprocess: Preprocess) -> Sample:
+    """Images as one array, with their paths and hashes."""
     inputs = np.empty((len(drawn), 3, preprocess.crop_px, preprocess.crop_px), np.float32)
     for index, item in enumerate(drawn):
         inputs[index] = item.input

@@ -1,4 +1,4 @@
-"""The configurations of ``midge export``, ``midge verify`` and ``midge lint`` (no torch, no onnx)."""
+"""The configurations of ``midge export``, ``verify``, ``lint`` and ``quantize`` (no torch, no onnx)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
     "workers": (1, 256),
     "limit": (1, 10**9),
+    "held_out": (1, 10**6),
+    "budget": (0, 100),
     "min_cosine": (-1, 1),
     "min_agreement": (0, 1),
     "fp16_min_cosine": (-1, 1),
@@ -150,3 +152,49 @@ class LintConfig:
 
     json: bool = False
     """Print one JSON document, with every node of every finding, instead of a summary."""
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Quantize an artifact anew from its calibration.json, or show which layer costs how much, or both."""
+
+    artifact: Positional[Path]
+    """Artifact folder, as midge export wrote it, with FP32."""
+
+    data: Path
+    """Folder of the images that the artifact was calibrated on; their hashes are checked."""
+
+    out: Path | None = None
+    """Artifact folder to write; what is not INT8 is copied."""
+
+    calibration: str | None = None
+    """How ranges are chosen, as in midge export; default as the artifact's were."""
+
+    sensitivity: bool = False
+    """Quantize one layer at a time and print what it costs: SQNR, cosine and top-1 agreement with FP32."""
+
+    budget: float | None = None
+    """Leave the costliest layers in float until at most so many points are lost on held-out images: images with
+    another top-1 than FP32 of a classifier, 100 (1 - mean cosine) of features."""
+
+    limit: int = 128
+    """Calibration images on which the costs are measured."""
+
+    held_out: int = 1000
+    """Images of --data, not calibrated on and no evaluation images, on which the budget is held; no labels needed."""
+
+    evaluation_data: Path | None = None
+    """Images that must not be looked at; default the folder test, validation or val beside --data."""
+
+    seed: int = 0
+    """Seed of the held-out images."""
+
+    workers: int = 2
+    """Threads that decode images."""
+
+    json: bool = False
+    """Print one JSON document instead of a table."""
+
+    def check(self) -> None:
+        """Refuse values that are out of range."""
+        check_ranges(self, RANGES)

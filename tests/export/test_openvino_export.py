@@ -6,11 +6,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from midge.export.openvino_export import import_nncf, quantize_openvino, save_openvino
+from midge.export.prepare import Prepared
+from midge.export.ranges import measure_ranges
+from midge.export.writers import WRITERS, Source, by_nncf
 from midge.runtime.artifact import Artifact
 from midge.runtime.errors import UserError
+from midge.runtime.torch_model import load_model
 
 
 def weights(path: Path) -> list[str]:
@@ -35,6 +40,28 @@ def test_int8_weights_are_stored_as_bytes(artifact: Artifact) -> None:
         artifact.variants[name].model.with_suffix(".bin").stat().st_size for name in ("openvino-fp32", "openvino-int8")
     ]
     assert sizes[1] < 0.3 * sizes[0]
+
+
+def test_layers_that_stay_float_take_the_u8_graph(artifact: Artifact, tmp_path: Path) -> None:
+    graph = onnx.load(artifact.variants["onnx-fp32"].model)
+    images = np.random.default_rng(0).normal(size=(2, *artifact.input_shape[1:])).astype(np.float32)
+    table = measure_ranges(graph, images)
+    floats = tuple(node.name for node in graph.graph.node if node.op_type == "Conv")[:2]
+    int8 = Prepared(graph, table.choose("mse"), table.choose_symmetric("mse"), floats)
+    reference = artifact.variants["torch-fp32"].model
+    model, spec = load_model(reference.parent, reference.stem)
+    source = Source(model, model, spec, graph, artifact.variants["onnx-fp32"].model, images, int8)
+    WRITERS["openvino-int8"].write(source, tmp_path / "int8" / "model.xml")
+    types = weights(tmp_path / "int8" / "model.xml")
+    assert (types.count("i8"), types.count("f32")) == (20, 2)
+
+
+def test_depthwise_convolutions_are_not_left_to_nncf(artifact: Artifact, vit: onnx.ModelProto) -> None:
+    graph = onnx.load(artifact.variants["onnx-fp32"].model)
+    assert by_nncf(graph) and by_nncf(vit)
+    depthwise = next(node for node in graph.graph.node if node.op_type == "Conv")
+    next(attribute for attribute in depthwise.attribute if attribute.name == "group").i = 3
+    assert not by_nncf(graph)
 
 
 def test_quantizing_is_quiet_and_reports_to_nobody(

@@ -1,0 +1,219 @@
+"""``midge quantize``: the INT8 variants of an artifact once more, by another method or with layers left in float.
+
+It starts from the artifact's own FP32 graph and its calibration.json: the same images, known by their hashes, and the
+ranges that were measured on them. What is not INT8 is copied.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..runtime.artifact import REFERENCE, Artifact, load_artifact, write_manifest
+from ..runtime.errors import UserError, require
+from ..runtime.fields import Fields
+from ..runtime.files import atomic_folder, read_json, refuse_existing, sha256_file
+from ..runtime.images import list_images
+from ..runtime.progress import say
+from ..runtime.torch_model import load_model
+from .calibration import EvaluationImages, Samples, collect, evaluation_beside, read_images, usable
+from .config import QuantizeConfig
+from .export import tool_versions
+from .fold import fold_batch_norm
+from .prepare import Prepared, prepare
+from .quantize import refuse_quantized
+from .ranges import FILE, METHODS, SCHEMA, RangeTable, check_method, write_calibration
+from .sensitivity import LayerCost, by_cost, keep_budget, layer_costs
+from .sensitivity_plot import print_costs
+from .writers import WRITERS, Source, check_packages
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+FLOAT_GRAPH = "onnx-fp32"
+
+
+def quantize(config: QuantizeConfig) -> int:
+    """Show what each layer costs, or write an artifact whose INT8 variants are made anew, or both.
+
+    Raises:
+        UserError: nothing is asked for, the artifact cannot be quantized, or its images are not there.
+    """
+    config.check()
+    if config.calibration is not None:
+        check_method(config.calibration)
+    if config.out is None and not config.sensitivity:
+        raise UserError("Nothing to do: give --sensitivity, or --out for a new artifact, or both.")
+    if config.out is not None:
+        refuse_existing(config.out)
+    artifact = load_artifact(config.artifact)
+    graph = read_float_graph(artifact)
+    stored = Fields(read_json(artifact.path / FILE, "calibration"), f"calibration '{artifact.path / FILE}'")
+    method, table = read_method(stored, config.calibration)
+    check_packages([name for name in artifact.variants if is_int8(name)])
+    samples = read_stored_images(stored, config, artifact)
+    prepared, table = prepare(graph, samples.calibration.inputs, method, stored=table)
+    costs: list[LayerCost] = []
+    if config.sensitivity or config.budget is not None:
+        costs = layer_costs(prepared, samples.calibration.inputs[: config.limit])
+    lost = None
+    if config.budget is not None:
+        held_out = read_held_out(config, artifact, samples)
+        prepared, lost = keep_budget(prepared, costs, held_out, config.budget, artifact.kind == "classifier")
+    if config.out is not None:
+        with atomic_folder(config.out) as folder:
+            write_artifact(folder, artifact, graph, samples, prepared)
+            seed = stored.integer("seed", 0, 2**63 - 1)
+            tools = dict(artifact.manifest["tools"]) | tool_versions(list(artifact.variants))
+            write_calibration(folder, samples, table, method, seed, tools, prepared.float_nodes)
+            describe(folder, artifact, tools)
+    print_result(config, method, costs if config.sensitivity else [], prepared, lost)
+    return 0
+
+
+def is_int8(variant: str) -> bool:
+    """Whether a variant's name says that it is INT8."""
+    return "int8" in variant.split("-")
+
+
+def read_float_graph(artifact: Artifact) -> ModelProto:
+    """The FP32 graph of an artifact.
+
+    Raises:
+        UserError: there is none, it is no ONNX file, or it is quantized.
+    """
+    onnx = require("onnx", "export")
+    missing = [name for name in (FLOAT_GRAPH, REFERENCE) if name not in artifact.variants]
+    if missing:
+        raise UserError(f"The artifact '{artifact.path}' has no {missing[0]}: export it with --precision fp32 int8.")
+    path = artifact.variants[FLOAT_GRAPH].model
+    try:
+        graph = onnx.load(path, load_external_data=False)
+        onnx.checker.check_model(graph)
+    except Exception as error:  # the parser's and the checker's kinds differ
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"The graph '{path}' is no ONNX file ({reason}): export the artifact again.") from None
+    refuse_quantized(graph)
+    return graph
+
+
+def read_method(stored: Fields, chosen: str | None) -> tuple[str, RangeTable | None]:
+    """The method to choose ranges by, and the ranges of an artifact's calibration where it holds some.
+
+    Raises:
+        UserError: the file is damaged or of another schema.
+    """
+    if stored.schema(SCHEMA) < SCHEMA:
+        raise UserError(f"The {stored.what} is of an earlier schema: export the artifact again.")
+    method = stored.choice("method", METHODS)
+    table = RangeTable.from_json(stored.fields("ranges")) if "ranges" in stored.value else None
+    return chosen or method, table
+
+
+def read_stored_images(stored: Fields, config: QuantizeConfig, artifact: Artifact) -> Samples:
+    """The images that an artifact was calibrated on, from the folder ``--data``.
+
+    Raises:
+        UserError: one is missing or was changed.
+    """
+    listed = [Fields(image, f"{stored.what}, images") for image in stored.value.get("images", ())]
+    wanted = {image.text("path"): image.sha256("sha256") for image in listed}
+    images = list_images(config.data)
+    places = {path: index for index, path in enumerate(images.paths) if path in wanted}
+    order = [places[path] for path in wanted if path in places]
+    read = read_images(images, order, artifact.preprocess, config.workers) if order else ()
+    found = [image for image in read if wanted[image.path] == image.sha256]
+    if len(found) < len(wanted) or not found:
+        raise UserError(
+            f"'{config.data}' holds {len(found)} of the {len(wanted)} images that the artifact was calibrated on: give "
+            "the folder of the export with --data."
+        )
+    sample = collect(found, artifact.preprocess)
+    excluded, evaluation = (stored.integer(key, 0, 2**53) for key in ("excluded", "evaluation_images"))
+    return Samples(sample, sample, excluded, evaluation)
+
+
+def read_held_out(config: QuantizeConfig, artifact: Artifact, samples: Samples) -> np.ndarray:
+    """Images (N, 3, H, W) float32 of ``--data`` that were not calibrated on and are no evaluation images.
+
+    Raises:
+        UserError: there are none.
+    """
+    images = list_images(config.data)
+    root = config.evaluation_data or evaluation_beside(config.data)
+    evaluation = EvaluationImages(None if root is None else list_images(root))
+    order = np.random.default_rng(config.seed).permutation(len(images)).tolist()
+    read = read_images(images, order, artifact.preprocess, config.workers)
+    others = list(itertools.islice(usable(read, evaluation, samples.calibration.hashes), config.held_out))
+    if not others:
+        raise UserError(
+            f"'{config.data}' holds no image beside those of the calibration and the evaluation: a budget needs some."
+        )
+    if len(others) < config.held_out:
+        say(f"The budget is held on {len(others)} images instead of {config.held_out}: there are no more.")
+    return collect(others, artifact.preprocess).inputs
+
+
+def write_artifact(folder: Path, artifact: Artifact, graph: ModelProto, samples: Samples, prepared: Prepared) -> None:
+    """Copy what is not INT8, write the rest anew."""
+    reference = artifact.variants[REFERENCE].model
+    model, spec = load_model(reference.parent, reference.stem)
+    onnx_path = artifact.variants[FLOAT_GRAPH].model
+    folded = fold_batch_norm(model, spec.input_px)
+    source = Source(model, folded, spec, graph, onnx_path, samples.calibration.inputs, prepared)
+    shutil.copy(artifact.golden, folder / "golden.npz")
+    for name, variant in artifact.variants.items():
+        if is_int8(name) and name in WRITERS:
+            WRITERS[name].write(source, folder / name / WRITERS[name].model)
+        elif not is_int8(name):
+            shutil.copytree(variant.model.parent, folder / name)
+
+
+def describe(folder: Path, artifact: Artifact, tools: dict[str, str]) -> None:
+    """Write the manifest: as the artifact's, with where it comes from."""
+    names = [name for name in artifact.variants if (folder / name).is_dir()]
+    write_manifest(
+        folder,
+        name=artifact.name,
+        kind=artifact.kind,
+        input_shape=artifact.input_shape,
+        output_shape=artifact.output_shape,
+        preprocess=artifact.preprocess,
+        labels=artifact.labels,
+        models={name: f"{name}/{artifact.variants[name].model.name}" for name in names},
+        notes={name: artifact.variants[name].note for name in names},
+        origin={**artifact.manifest["origin"], "quantized_from": sha256_file(artifact.path / "manifest.json")},
+        tools=tools,
+        input_name=artifact.input_name,
+        output_name=artifact.output_name,
+    )
+
+
+def print_result(
+    config: QuantizeConfig, method: str, costs: Sequence[LayerCost], prepared: Prepared, lost: float | None
+) -> None:
+    """Print costs, and what was written."""
+    if config.json:
+        result: dict[str, Any] = {
+            "schema": 1,
+            "artifact": None if config.out is None else str(config.out),
+            "method": method,
+            "layers": [cost.to_json() for cost in by_cost(costs)],
+            "float_nodes": list(prepared.float_nodes),
+            "lost_points": lost,
+        }
+        print(json.dumps(result))
+        return
+    if costs:
+        print_costs(costs)
+    if lost is not None:
+        stay = ", ".join(prepared.float_nodes) or "none"
+        print(f"Lost on held-out images: {lost:.2f} points (budget {config.budget:g}). Layers in float: {stay}.")
+    if config.out is not None:
+        print(f"Wrote {config.out}, ranges by {method}.")

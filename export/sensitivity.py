@@ -1,0 +1,143 @@
+"""Which layer costs how much of an INT8 network, and which must stay float to keep a budget.
+
+One weighted operator at a time is quantized, the others stay float, and the outputs are compared with the FP32 graph's
+on calibration images; so no labels are needed. Float layers are then chosen in the order of their cost, as few as
+keep the damage of the whole network, on images that were not calibrated on, within the budget.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..runtime.errors import UserError
+from ..runtime.parity import compare_outputs
+from ..runtime.progress import track
+from .onnx_export import INPUT
+from .prepare import Prepared
+from .quantize import DIALECTS, quantize_onnx
+from .ranges import WEIGHTED, open_session
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+DIALECT = "onnx-int8-u8"
+"""The variant on which costs are measured: it quantizes most."""
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What quantizing one layer alone does to the outputs.
+
+    Attributes:
+        node: its name.
+        op: its operator.
+        sqnr_db: power of the outputs over power of their error, in dB; None where there is no error.
+        cosine_mean: mean cosine of the outputs to the FP32 graph's, -1..1.
+        top1_agreement: share of the images with the same largest output, 0..1.
+    """
+
+    node: str
+    op: str
+    sqnr_db: float | None
+    cosine_mean: float
+    top1_agreement: float
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return dataclasses.asdict(self)
+
+
+def layer_costs(prepared: Prepared, images: np.ndarray) -> list[LayerCost]:
+    """The cost of each weighted operator, in the graph's order.
+
+    Args:
+        prepared: the network and its ranges.
+        images: (N, 3, H, W) float32, preprocessed.
+    """
+    reference = run_graph(prepared.graph, images)
+    nodes = [node for node in prepared.graph.graph.node if node.op_type in WEIGHTED]
+    costs = []
+    for node in track(nodes, "Quantizing one layer at a time"):
+        quantized = quantize_onnx(prepared.graph, prepared.ranges, DIALECTS[DIALECT], only=[node.name])
+        outputs = run_graph(quantized, images)
+        parity = compare_outputs(outputs, reference)
+        costs.append(
+            LayerCost(node.name, node.op_type, sqnr_db(outputs, reference), parity.cosine_mean, parity.top1_agreement)
+        )
+    return costs
+
+
+def sqnr_db(outputs: np.ndarray, reference: np.ndarray) -> float | None:
+    """Signal to quantization noise, in dB; None where there is no noise."""
+    noise = float(np.sum((outputs.astype(np.float64) - reference) ** 2))
+    signal = float(np.sum(reference.astype(np.float64) ** 2))
+    return 10 * math.log10(signal / noise) if noise and signal else None
+
+
+def by_cost(costs: Sequence[LayerCost]) -> list[LayerCost]:
+    """The costliest first."""
+    return sorted(costs, key=lambda cost: math.inf if cost.sqnr_db is None else cost.sqnr_db)
+
+
+def damage(prepared: Prepared, images: np.ndarray, classifier: bool) -> float:
+    """What INT8 does to the outputs, in points: images with another top-1, or of features 100 (1 - mean cosine)."""
+    parity = compare_outputs(run_graph(prepared.quantize(DIALECT), images), run_graph(prepared.graph, images))
+    return 100 * (1 - (parity.top1_agreement if classifier else parity.cosine_mean))
+
+
+def keep_budget(
+    prepared: Prepared, costs: Sequence[LayerCost], images: np.ndarray, budget: float, classifier: bool
+) -> tuple[Prepared, float]:
+    """Leave the costliest layers in float until a budget holds.
+
+    The number of layers is found by halving, as if more float layers never did harm; the one that is returned was
+    measured to keep the budget.
+
+    Args:
+        prepared: the network, all of it in INT8.
+        costs: of its layers.
+        images: (N, 3, H, W) float32, preprocessed, that were not calibrated on.
+        budget: the most :func:`damage`, in points.
+        classifier: whether top-1 counts.
+
+    Returns:
+        The network with the layers that stay float, and the damage that is left.
+
+    Raises:
+        UserError: not even a single layer in INT8 keeps the budget.
+    """
+    order = [cost.node for cost in by_cost(costs)]
+
+    def tried(number: int) -> tuple[Prepared, float]:
+        mixed = dataclasses.replace(prepared, float_nodes=tuple(order[:number]))
+        return mixed, damage(mixed, images, classifier)
+
+    best = tried(0)
+    if best[1] <= budget:
+        return best
+    low, high, lost = 0, len(order), best[1]  # numbers of float layers: too few, and enough
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = tried(middle)
+        if found[1] <= budget:
+            high, best = middle, found
+        else:
+            low, lost = middle, found[1]
+    if high == len(order):
+        raise UserError(
+            f"With all but one of {len(order)} layers in float, {lost:.2f} points are lost still: give --budget "
+            "above that, or more images."
+        )
+    return best
+
+
+def run_graph(graph: ModelProto, images: np.ndarray) -> np.ndarray:
+    """Outputs (N, K) float32 of a graph of batch 1 for (N, 3, H, W) images."""
+    session = open_session(graph, [graph.graph.output[0].name])
+    return np.concatenate([session.run(None, {INPUT: image[None]})[0] for image in images])

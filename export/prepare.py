@@ -8,7 +8,7 @@ torch by the names of its parameters.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,9 +52,11 @@ def _correct_biases(prepared: Prepared, images: np.ndarray) -> Prepared:
     )
 
 
+RangeStep = Callable[[Prepared, np.ndarray], Prepared]
+
 # Name -> step, in the order in which they are taken; images are (N, 3, H, W) float32.
 GRAPH_STEPS: dict[str, Callable[[ModelProto, np.ndarray], ModelProto]] = {}
-RANGE_STEPS: dict[str, Callable[[Prepared, np.ndarray], Prepared]] = {"bias correction": _correct_biases}
+RANGE_STEPS: dict[str, RangeStep] = {"bias correction": _correct_biases}
 
 
 def prepare(
@@ -63,6 +65,7 @@ def prepare(
     method: str,
     float_nodes: tuple[str, ...] = (),
     stored: RangeTable | None = None,
+    range_steps: Mapping[str, RangeStep] = RANGE_STEPS,
 ) -> tuple[Prepared, RangeTable]:
     """Prepare a network for INT8.
 
@@ -72,6 +75,7 @@ def prepare(
         method: a name in ``METHODS``.
         float_nodes: names of the weighted operators that stay float.
         stored: ranges that were measured before; they are taken where they belong to the same graph.
+        range_steps: the steps that follow the ranges.
 
     Returns:
         What the variants are written from, and the ranges by every method.
@@ -84,6 +88,6 @@ def prepare(
         graph = change(graph, images)
     table = stored if stored and stored.graph_sha256 == graph_sha256(graph) else measure_ranges(graph, images)
     prepared = Prepared(graph, table.choose(method), table.choose_symmetric(method), float_nodes)
-    for step in RANGE_STEPS.values():
+    for step in range_steps.values():
         prepared = step(prepared, images)
     return prepared, table

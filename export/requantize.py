@@ -17,7 +17,7 @@ import numpy as np
 
 from ..runtime.artifact import REFERENCE, Artifact, load_artifact, write_manifest
 from ..runtime.errors import UserError, require
-from ..runtime.fields import Fields
+from ..runtime.fields import MAX_ITEMS, Fields
 from ..runtime.files import atomic_folder, read_json, refuse_existing, sha256_file
 from ..runtime.images import list_images
 from ..runtime.progress import say
@@ -29,7 +29,7 @@ from .fold import fold_batch_norm
 from .prepare import Prepared, prepare
 from .quantize import refuse_quantized
 from .ranges import FILE, METHODS, SCHEMA, RangeTable, check_method, write_calibration
-from .sensitivity import LayerCost, by_cost, keep_budget, layer_costs
+from .sensitivity import LayerCost, by_cost, damage, keep_budget, layer_costs
 from .sensitivity_plot import print_costs
 from .writers import WRITERS, Source, check_packages
 
@@ -58,14 +58,23 @@ def quantize(config: QuantizeConfig) -> int:
     method, table = read_method(stored, config.calibration)
     check_packages([name for name in artifact.variants if is_int8(name)])
     samples = read_stored_images(stored, config, artifact)
-    prepared, table = prepare(graph, samples.calibration.inputs, method, stored=table)
+    inputs = samples.calibration.inputs
+    plain, table = prepare(graph, inputs, method, stored=table, range_steps={})
     costs: list[LayerCost] = []
     if config.sensitivity or config.budget is not None:
-        costs = layer_costs(prepared, samples.calibration.inputs[: config.limit])
-    lost = None
+        costs = layer_costs(plain, inputs[: config.limit])
+
+    def prepared_with(float_nodes: tuple[str, ...]) -> Prepared:
+        return prepare(graph, inputs, method, float_nodes, table)[0]
+
+    prepared, lost = plain, None
     if config.budget is not None:
-        held_out = read_held_out(config, artifact, samples)
-        prepared, lost = keep_budget(prepared, costs, held_out, config.budget, artifact.kind == "classifier")
+        held_out, classifier = read_held_out(config, artifact, samples), artifact.kind == "classifier"
+        prepared, lost = keep_budget(
+            prepared_with, costs, lambda int8: damage(int8, graph, held_out, classifier), config.budget
+        )
+    elif config.out is not None:
+        prepared = prepared_with(())
     if config.out is not None:
         with atomic_folder(config.out) as folder:
             write_artifact(folder, artifact, graph, samples, prepared)
@@ -122,7 +131,10 @@ def read_stored_images(stored: Fields, config: QuantizeConfig, artifact: Artifac
     Raises:
         UserError: one is missing or was changed.
     """
-    listed = [Fields(image, f"{stored.what}, images") for image in stored.value.get("images", ())]
+    entries = stored.value.get("images")
+    if not isinstance(entries, list) or len(entries) > MAX_ITEMS:
+        raise stored.wrong("images", entries, f"a list of at most {MAX_ITEMS} images")
+    listed = [Fields(image, f"{stored.what}, images") for image in entries]
     wanted = {image.text("path"): image.sha256("sha256") for image in listed}
     images = list_images(config.data)
     places = {path: index for index, path in enumerate(images.paths) if path in wanted}
@@ -168,11 +180,15 @@ def write_artifact(folder: Path, artifact: Artifact, graph: ModelProto, samples:
     folded = fold_batch_norm(model, spec.input_px)
     source = Source(model, folded, spec, graph, onnx_path, samples.calibration.inputs, prepared)
     shutil.copy(artifact.golden, folder / "golden.npz")
-    for name, variant in artifact.variants.items():
+    for name in artifact.variants:
         if is_int8(name) and name in WRITERS:
             WRITERS[name].write(source, folder / name / WRITERS[name].model)
-        elif not is_int8(name):
-            shutil.copytree(variant.model.parent, folder / name)
+        elif is_int8(name):
+            say(f"Left out {name}: this midge does not know how it is written.")
+        else:
+            for path in artifact.manifest["variants"][name]["files"]:  # checked; what else lies there is not copied
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(artifact.path / path, folder / path)
 
 
 def describe(folder: Path, artifact: Artifact, tools: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,7 @@ def layer_costs(prepared: Prepared, images: np.ndarray) -> list[LayerCost]:
     """The cost of each weighted operator, in the graph's order.
 
     Args:
-        prepared: the network and its ranges.
+        prepared: the network and its ranges, its biases not corrected.
         images: (N, 3, H, W) float32, preprocessed.
     """
     reference = run_graph(prepared.graph, images)
@@ -85,14 +85,21 @@ def by_cost(costs: Sequence[LayerCost]) -> list[LayerCost]:
     return sorted(costs, key=lambda cost: math.inf if cost.sqnr_db is None else cost.sqnr_db)
 
 
-def damage(prepared: Prepared, images: np.ndarray, classifier: bool) -> float:
-    """What INT8 does to the outputs, in points: images with another top-1, or of features 100 (1 - mean cosine)."""
-    parity = compare_outputs(run_graph(prepared.quantize(DIALECT), images), run_graph(prepared.graph, images))
+def damage(prepared: Prepared, reference: ModelProto, images: np.ndarray, classifier: bool) -> float:
+    """What INT8 does to an FP32 graph's outputs, in points.
+
+    Returns:
+        100 times the share of images with another top-1, or of features 100 (1 - mean cosine).
+    """
+    parity = compare_outputs(run_graph(prepared.quantize(DIALECT), images), run_graph(reference, images))
     return 100 * (1 - (parity.top1_agreement if classifier else parity.cosine_mean))
 
 
 def keep_budget(
-    prepared: Prepared, costs: Sequence[LayerCost], images: np.ndarray, budget: float, classifier: bool
+    prepare: Callable[[tuple[str, ...]], Prepared],
+    costs: Sequence[LayerCost],
+    lost_by: Callable[[Prepared], float],
+    budget: float,
 ) -> tuple[Prepared, float]:
     """Leave the costliest layers in float until a budget holds.
 
@@ -100,14 +107,13 @@ def keep_budget(
     measured to keep the budget.
 
     Args:
-        prepared: the network, all of it in INT8.
+        prepare: makes the network for INT8, given the layers that stay float: biases are corrected for them.
         costs: of its layers.
-        images: (N, 3, H, W) float32, preprocessed, that were not calibrated on.
-        budget: the most :func:`damage`, in points.
-        classifier: whether top-1 counts.
+        lost_by: measures the points that it loses.
+        budget: the most points.
 
     Returns:
-        The network with the layers that stay float, and the damage that is left.
+        The network with the layers that stay float, and the points that are lost.
 
     Raises:
         UserError: not even a single layer in INT8 keeps the budget.
@@ -115,8 +121,8 @@ def keep_budget(
     order = [cost.node for cost in by_cost(costs)]
 
     def tried(number: int) -> tuple[Prepared, float]:
-        mixed = dataclasses.replace(prepared, float_nodes=tuple(order[:number]))
-        return mixed, damage(mixed, images, classifier)
+        prepared = prepare(tuple(order[:number]))
+        return prepared, lost_by(prepared)
 
     best = tried(0)
     if best[1] <= budget:

@@ -69,20 +69,27 @@ def test_a_layer_that_is_made_costly_comes_first_and_stays_float(
     ordered = by_cost(layer_costs(worse, inputs))
     fed = {node.name for node in prepared.graph.graph.node if tensor in node.input} | {name}
     assert ordered[0].node in fed
-    before = damage(worse, inputs, classifier=False)
-    mixed, lost = keep_budget(worse, ordered, inputs, before / 2, classifier=False)
+    before = damage(worse, worse.graph, inputs, classifier=False)
+    mixed, lost = keep_budget(*with_floats(worse, inputs, ordered), before / 2)
     assert lost <= before / 2 < before
     assert 0 < len(mixed.float_nodes) < len(ordered)
     assert mixed.float_nodes == tuple(cost.node for cost in ordered[: len(mixed.float_nodes)])
-    assert damage(mixed, inputs, classifier=False) == lost
+    assert damage(mixed, prepared.graph, inputs, classifier=False) == lost
 
 
-def test_a_budget_that_holds_leaves_nothing_float(
-    prepared: Prepared, inputs: np.ndarray, costs: list[LayerCost]
-) -> None:
-    assert keep_budget(prepared, costs, inputs, 100, classifier=True)[0].float_nodes == ()
+def with_floats(prepared: Prepared, inputs: np.ndarray, costs: list[LayerCost]) -> tuple[Any, Any, Any]:
+    """The first arguments of keep_budget for features."""
+    return (
+        lambda names: dataclasses.replace(prepared, float_nodes=names),
+        costs,
+        lambda int8: damage(int8, prepared.graph, inputs, classifier=False),
+    )
+
+
+def test_budgets_that_always_and_never_hold(prepared: Prepared, inputs: np.ndarray, costs: list[LayerCost]) -> None:
+    assert keep_budget(*with_floats(prepared, inputs, costs), 100)[0].float_nodes == ()
     with pytest.raises(UserError, match=r"With all but one of 22 layers in float, 0\.\d\d points are lost still"):
-        keep_budget(prepared, costs, inputs, 0, classifier=False)
+        keep_budget(*with_floats(prepared, inputs, costs), 0)
 
 
 def test_quantize_writes_a_new_artifact(
@@ -167,6 +174,7 @@ def test_a_quantized_graph_is_refused(changed_artifact: Path, images: Path, tmp_
     [
         ({"schema": 3}, "has schema 3, this midge reads up to 2"),
         ({"schema": 1}, "is of an earlier schema: export the artifact again"),
+        ({"images": 3}, "has 'images': 3, which must be a list"),
         ({"method": "max"}, "has 'method': 'max', which must be one of"),
         ({"images": [{"path": "../../etc/passwd", "sha256": "0" * 64}]}, "holds 0 of the 1 images"),
         ({"ranges": {"graph_sha256": "0" * 64, "tensors": {"x": {}}}}, "has no field 'minmax'"),

@@ -8,21 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from midge.export.config import RANGES, ExportConfig, VerifyConfig
+from midge.export.config import RANGES, ExportConfig, QuantizeConfig, VerifyConfig
 from midge.runtime.errors import UserError
 
 EXPORT = ExportConfig(run=Path("run"), out=Path("artifact"))
 VERIFY = VerifyConfig(artifact=Path("artifact"))
+QUANTIZE = QuantizeConfig(artifact=Path("artifact"), data=Path("images"))
 
 
 def test_defaults_are_in_range() -> None:
     EXPORT.check()
     VERIFY.check()
+    QUANTIZE.check()
 
 
 @pytest.mark.parametrize("name", sorted(RANGES))
 def test_every_range_is_of_a_field_and_is_checked(name: str) -> None:
-    configs = [config for config in (EXPORT, VERIFY) if hasattr(config, name)]
+    configs = [config for config in (EXPORT, VERIFY, QUANTIZE) if hasattr(config, name)]
     assert configs
     low, high = RANGES[name]
     for config in configs:

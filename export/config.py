@@ -142,7 +142,7 @@ class LintConfig:
     """Say whether runtimes take an ONNX file and compute it in integers, without running it; exit code 1 where not."""
 
     model: Positional[Path]
-    """ONNX file, or an artifact folder as midge export wrote it, of which every ONNX variant is looked at."""
+    """Model: an ONNX file, or an artifact folder as midge export wrote it, of which every ONNX variant is looked at."""
 
     targets: tuple[str, ...] = (
         *("onnxruntime", "openvino", "tensorrt8", "tensorrt10", "tensorrt11", "tensorrt-rtx", "coreml"),

@@ -69,3 +69,30 @@ def test_tensorrt_builds(tmp_path: Path) -> None:
     for rows in (built["builds"], stored["builds"]):
         assert {row["variant"] for row in rows} == {"tensorrt-fp32", "tensorrt-fp16", "tensorrt-int8"}
         assert all(row["builds"] and row["messages"] == [] for row in rows)
+
+
+def test_int8_accuracy_judges_each_step(tmp_path: Path) -> None:
+    labels = ("dark", "light")
+    spec = ModelSpec("resnet18", {"channels": (8, 8, 8, 16)}, 2, 16, labels, Preprocess(32, 32), 32, {"method": "none"})
+    torch.manual_seed(7)
+    save_model(tmp_path / "run", "classifier", build_model(spec), spec)
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for label, name in enumerate(labels):
+            (tmp_path / part / name).mkdir(parents=True)
+            for index in range(6):
+                pixels = rng.integers(100 * label, 150 + 100 * label, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{index}.png")
+    folders = ["--calibration-data", tmp_path / "train", "--test-data", tmp_path / "test"]
+    command = [sys.executable, ROOT / "examples/int8_accuracy.py", tmp_path / "run", *folders]
+    choice = ["--variants", "plain", "equalize+round+bias", "--json", tmp_path / "out.json"]
+    done = subprocess.run([*command, *choice], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [(result["runtime"], result["steps"]) for result in results] == [
+        (runtime, steps) for runtime in ("onnx", "openvino") for steps in ("fp32", "plain", "equalize+round+bias")
+    ]
+    for result in results:
+        assert result["accuracy"]["n"] == result["parity"]["n"] == 12
+        assert result["parity"]["cosine_min"] > 0.99
+        assert (result["vs_fp32"]["top1_drop_points"] == 0) or result["steps"] != "fp32"

@@ -74,3 +74,9 @@ def serve() -> Iterator[Callable[[Path], Served]]:
             return Served(f"http://127.0.0.1:{server.server_address[1]}/", requests)
 
         yield start
+
+
+@pytest.fixture
+def openvino_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO computes in integers on any CPU, as it does by default where they cannot overflow."""
+    monkeypatch.setattr("midge.runtime.openvino_backend.adds_in_16_bits", lambda: False)

@@ -493,6 +493,7 @@ def check_openvino(path: Path) -> None:
         assert (share == 0) == (len(floats) == len(report.graph.weighted))
 
 
+@pytest.mark.usefixtures("openvino_integers")
 @each_case
 def test_openvino_does_as_lint_says(path: Path) -> None:
     check_openvino(path)
@@ -584,6 +585,7 @@ def networks(artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> di
 NETWORKS = ("onnx-fp32", "onnx-int8-u8", "onnx-int8-s8", "ort-static", "ort-operators", "nncf")
 
 
+@pytest.mark.usefixtures("openvino_integers")
 @pytest.mark.parametrize("network", [*NETWORKS, "ort-dynamic"])
 def test_lint_is_right_about_whole_networks(network: str, networks: dict[str, Path], tmp_path: Path) -> None:
     if network != "ort-dynamic":  # whose products are fused under other names

@@ -38,6 +38,7 @@ def result(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.usefixtures("openvino_integers")
 def test_every_variant_passes(artifact_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify(VerifyConfig(artifact_path, data=images / "test", json=True)) == 0
     found = result(capsys)

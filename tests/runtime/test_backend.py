@@ -104,8 +104,11 @@ def macs_by_hooks(model: Any) -> int:
     return total
 
 
+@pytest.mark.usefixtures("openvino_integers")
 @pytest.mark.parametrize("name", sorted(SPECS))
-def test_every_runtime_gives_the_same_outputs_and_counts_the_same_macs(name: str, tmp_path: Path) -> None:
+def test_every_runtime_gives_the_same_outputs_and_counts_the_same_macs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     torch.manual_seed(0)
@@ -115,7 +118,8 @@ def test_every_runtime_gives_the_same_outputs_and_counts_the_same_macs(name: str
     with torch.inference_mode():
         expected = model(torch.from_numpy(images)).numpy()
     macs = macs_by_hooks(model)
-    for variant_name, exported in export(model, tmp_path, images).items():
+    variants = export(model, tmp_path, images)
+    for variant_name, exported in variants.items():
         with open_backend(exported) as backend:
             assert backend.input_shape == (1, 3, PX, PX)
             outputs = predict(backend, images)
@@ -130,6 +134,9 @@ def test_every_runtime_gives_the_same_outputs_and_counts_the_same_macs(name: str
         assert placement.share == (1.0 if is_int8 else 0.0), variant_name
         convolution = {"torch": "convolution", "onnx": "QLinearConv" if is_int8 else "Conv", "openvino": "Convolution"}
         assert placement.ops[convolution[variant_name.partition("-")[0]]] >= 20
+    monkeypatch.setattr("midge.runtime.openvino_backend.adds_in_16_bits", lambda: True)
+    with open_backend(variants["openvino-int8"]) as backend:
+        assert backend.placement().share == 0.0  # integers would overflow
 
 
 @pytest.fixture

@@ -214,7 +214,12 @@ def quickstart(config: RunConfig, paths: Paths) -> dict[str, Callable[[], int]]:
         shutil.rmtree(paths.artifact, ignore_errors=True)  # of a run that was killed before it was marked as finished
         return export_run(
             ExportConfig(
-                paths.run, paths.artifact, targets=TARGETS, evaluation_data=test, name="quickstart", seed=config.seed
+                paths.run,
+                out=paths.artifact,
+                targets=TARGETS,
+                evaluation_data=test,
+                name="quickstart",
+                seed=config.seed,
             )
         )
 

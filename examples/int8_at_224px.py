@@ -38,7 +38,7 @@ def main() -> None:
         size = {"image_px": given.image_px, "batch_size": 8, "limit": 8, "epochs": 1.0, "workers": 0}
         small = {"head_hidden": 64, "head_outputs": 64, "warmup_epochs": 0.0}
         pretrain(dino_cnn(given.data, run, backbone=backbone, **size, **small))
-        export_run(ExportConfig(run, artifact, data=given.data, calibration_images=given.calibration_images))
+        export_run(ExportConfig(run, out=artifact, data=given.data, calibration_images=given.calibration_images))
         artifacts.append(artifact)
     records = given.out / "records"
     profile(ProfileConfig(tuple(artifacts), out=records, protocol=given.protocol))

@@ -69,18 +69,22 @@ class Samples:
     evaluation_images: int
 
 
-def find_images(run: Path, data: Path | None, evaluation_data: Path | None) -> tuple[Path, Path | None]:
+def find_images(run: Path | None, data: Path | None, evaluation_data: Path | None) -> tuple[Path, Path | None]:
     """The folder of calibration images and that of evaluation images.
 
     Args:
-        run: run folder.
+        run: run folder, or None where ``data`` is given.
         data: calibration images, or None for those the run was trained on.
         evaluation_data: evaluation images, or None for the folder test, validation or val beside them, if any.
 
     Raises:
         UserError: the run names no images, or they are no longer there.
     """
-    root = run_data(run) if data is None else data
+    if data is None:
+        assert run is not None
+        root = run_data(run)
+    else:
+        root = data
     if data is None and not root.exists():
         raise UserError(f"The images '{root}' that the run was trained on are gone: name some with --data.")
     if evaluation_data is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -12,6 +12,8 @@ from ..runtime.errors import check_ranges
 # Inclusive, by field; where one is not a field of a command it does not hold for it.
 RANGES: dict[str, tuple[float, float]] = {
     "calibration_images": (1, 1_000_000),
+    "image_px": (1, 4096),
+    "resize_px": (1, 4096),
     "seed": (0, 2**63 - 1),
     "workers": (1, 256),
     "limit": (1, 10**9),
@@ -28,10 +30,13 @@ RANGES: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Export a run to an artifact: the reference in torch, and each target in FP32 and INT8."""
+    """Export a run, or weights of elsewhere, to an artifact: the torch reference, and each target in each precision."""
 
-    run: Positional[Path]
-    """Run folder; its classifier is exported where it has one, else its backbone, which gives features."""
+    run: Positional[Path | None] = None
+    """Run folder; its classifier is exported where it has one, else its backbone, which gives features. Or give
+    --weights."""
+
+    _: KW_ONLY
 
     out: Path
     """Artifact folder to write: manifest.json, golden.npz, calibration.json, one folder per variant."""
@@ -42,6 +47,38 @@ class ExportConfig:
     precision: tuple[str, ...] = ("fp32", "int8")
     """Precisions: fp32, fp16, int8. INT8 for ONNX is written in dialects: u8 (CPUs), s8 (TensorRT) and, for a network
     with attention, dynamic (ONNX Runtime on CPUs)."""
+
+    kind: str | None = None
+    """What the network gives: classifier (logits) or embedding (features, without the classifier); default what there
+    is."""
+
+    weights: Path | None = None
+    """Instead of a run: a safetensors file of a plain timm state dict, with or without its classifier."""
+
+    backbone: str | None = None
+    """With --weights: timm's name of the network, e.g. resnet18."""
+
+    head: Path | None = None
+    """With --weights: a safetensors file of a linear classifier on the features: weight (K, D) and bias (K,)."""
+
+    labels_file: Path | None = None
+    """With --weights: a text file with the name of each class in a line; default their numbers, from 0."""
+
+    image_px: int | None = None
+    """With --weights: side of the input, px; default what timm's configuration of pretrained weights says, as for the
+    following flags."""
+
+    resize_px: int | None = None
+    """With --weights: short side of the resized image, of which --image-px are cropped."""
+
+    interpolation: str | None = None
+    """With --weights: how images are resized: nearest, bilinear, bicubic, lanczos."""
+
+    mean: tuple[float, float, float] | None = None
+    """With --weights: mean of red, green and blue, of values in 0..1."""
+
+    std: tuple[float, float, float] | None = None
+    """With --weights: standard deviation of red, green and blue, of values in 0..1."""
 
     data: Path | None = None
     """Folder of calibration images, whose labels are not looked at; default those the run was trained on."""

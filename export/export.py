@@ -1,4 +1,4 @@
-"""``midge export``: a run becomes an artifact, i.e. the torch reference and every target in FP32 and INT8."""
+"""``midge export``: a run, or weights of elsewhere, become an artifact: the torch reference and every target."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,10 +18,9 @@ from .. import __version__
 from ..runtime.artifact import NAME, REFERENCE, load_artifact, write_manifest
 from ..runtime.backend import predict
 from ..runtime.errors import UserError, require
-from ..runtime.files import atomic_folder, read_json, refuse_existing, sha256_file
+from ..runtime.files import atomic_folder, refuse_existing
 from ..runtime.golden import write_golden
 from ..runtime.torch_backend import TorchBackend
-from ..runtime.torch_model import ModelSpec, load_model
 from .calibration import Samples, draw_samples, find_images
 from .config import ExportConfig
 from .fold import fold_batch_norm
@@ -29,22 +28,20 @@ from .onnx_export import export_onnx, save_onnx
 from .prepare import prepare
 from .quantize import is_transformer
 from .ranges import RangeTable, check_calibration_images, check_method, write_calibration
+from .subject import Subject, check_subject, load_subject
 from .targets import select_variants
 from .tensorrt_export import CHECKER, note_builds
 from .writers import WRITERS, Source, check_packages, suited
-
-if TYPE_CHECKING:
-    from torch import nn
 
 TOOLS = ("torch", "timm", "onnx", "onnxscript", "onnxslim", "onnxruntime", "numpy", "pillow")
 OPENVINO_TOOLS = ("openvino", "nncf")
 
 
 def export_run(config: ExportConfig) -> int:
-    """Export a run's classifier, or its backbone where it has none.
+    """Export a run's classifier, or its backbone where it has none; or weights that midge did not train.
 
     Raises:
-        UserError: a name, the run, the images or the output folder is not usable, or a package is missing.
+        UserError: a name, the network, the images or the output folder is not usable, or a package is missing.
     """
     config.check()
     check_method(config.calibration)
@@ -54,21 +51,18 @@ def export_run(config: ExportConfig) -> int:
     check_packages(variants)
     if config.check_build:
         require(CHECKER, "tensorrt")
-    stem = find_stem(config.run)
+    check_subject(config)
     root, evaluation_root = find_images(config.run, config.data, config.evaluation_data)
     seconds: dict[str, float] = {}
     with timed(seconds, "images"):
-        model, spec = load_model(config.run, stem)
+        subject = load_subject(config)
+        spec = subject.spec
         count = config.calibration_images if any("int8" in variant for variant in variants) else 0
         samples = draw_samples(root, evaluation_root, spec.preprocess, count, config.seed, config.workers)
         if count:
             check_calibration_images(samples.calibration.inputs)
     with atomic_folder(config.out) as folder:
-        kind = "classifier" if stem == "classifier" else "embedding"
-        output_name = "logits" if kind == "classifier" else "features"
-        written, table = write_variants(
-            folder, (REFERENCE, *variants), model, spec, output_name, samples, seconds, config.calibration
-        )
+        written, table = write_variants(folder, (REFERENCE, *variants), subject, samples, seconds, config.calibration)
         models = {variant: f"{variant}/{WRITERS[variant].model}" for variant in written}
         with timed(seconds, "golden"):
             outputs = write_golden_pack(folder, folder / models[REFERENCE], samples)
@@ -78,16 +72,16 @@ def export_run(config: ExportConfig) -> int:
         write_manifest(
             folder,
             name=name,
-            kind=kind,
+            kind=subject.kind,
             input_shape=(1, 3, spec.input_px, spec.input_px),
             output_shape=(1, outputs.shape[1]),
             preprocess=spec.preprocess,
             labels=spec.labels,
             models=models,
             notes={variant: WRITERS[variant].note for variant in models},
-            origin=describe_origin(config.run, stem, spec, samples),
+            origin=describe_origin(subject, samples),
             tools=tool_versions(variants),
-            output_name=output_name,
+            output_name=subject.output_name,
         )
     print_result(config, samples, seconds)
     return int(not builds)
@@ -108,27 +102,10 @@ def artifact_name(config: ExportConfig) -> str:
     return name
 
 
-def find_stem(run: Path) -> str:
-    """``"classifier"`` where the run has one, else ``"backbone"``.
-
-    Raises:
-        UserError: it has neither.
-    """
-    for stem in ("classifier", "backbone"):
-        if (run / f"{stem}.safetensors").is_file():
-            return stem
-    raise UserError(
-        f"'{run}' holds neither classifier.safetensors nor backbone.safetensors: give the folder that 'midge pretrain' "
-        "wrote."
-    )
-
-
 def write_variants(
     folder: Path,
     variants: Sequence[str],
-    model: nn.Module,
-    spec: ModelSpec,
-    output_name: str,
+    subject: Subject,
     samples: Samples,
     seconds: dict[str, float],
     method: str,
@@ -138,12 +115,12 @@ def write_variants(
     Returns:
         Those that suit the network, and the ranges of the activations; None where no variant needed them.
     """
-    images = samples.calibration.inputs
+    model, spec, images = subject.model, subject.spec, samples.calibration.inputs
     with tempfile.TemporaryDirectory() as work:
         onnx_path = Path(work) / "model.onnx"
         with timed(seconds, "onnx"):
             folded = fold_batch_norm(model, spec.input_px)
-            graph = export_onnx(folded, spec.input_px, output_name)
+            graph = export_onnx(folded, spec.input_px, subject.output_name)
             save_onnx(graph, onnx_path)
         variants = suited(variants, is_transformer(graph))
         int8, table = None, None
@@ -177,19 +154,12 @@ def write_golden_pack(folder: Path, model: Path, samples: Samples) -> np.ndarray
     return outputs
 
 
-def describe_origin(run: Path, stem: str, spec: ModelSpec, samples: Samples) -> dict[str, Any]:
+def describe_origin(subject: Subject, samples: Samples) -> dict[str, Any]:
     """Where an artifact comes from, for its manifest; no path of this machine and no time."""
-    config_path = run / "config.json"
-    config = read_json(config_path, "run configuration") if config_path.exists() else {}
-    known = config if isinstance(config, dict) else {}
     return {
         "midge": __version__,
-        "run": run.resolve().name,
-        "exported": stem,
-        "config_sha256": sha256_file(config_path) if config_path.exists() else None,
-        "git_commit": known.get("git_commit"),
-        "data_fingerprint": known.get("data_fingerprint"),
-        "trained": spec.trained,
+        **subject.origin,
+        "trained": subject.spec.trained,
         "golden_images": samples.golden.to_json(),
     }
 

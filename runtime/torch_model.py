@@ -16,9 +16,9 @@ from .errors import UserError, require
 from .fields import Fields
 from .files import atomic_file, read_json, sha256_file, write_json
 from .preprocess import MAX_PX, Preprocess
+from .weights import check_weights, describe_weights, list_weights, read_weights
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 SCHEMA = 1
@@ -43,6 +43,7 @@ REFUSED_ARGS = frozenset(
 )
 MAX_ARG = 65_536
 MAX_ARG_DEPTH = 4
+FITS = "the description beside it"
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,8 @@ def save_model(folder: Path, stem: str, model: nn.Module, spec: ModelSpec) -> No
     """
     safetensors = require("safetensors.torch", "train")
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    _check_weights(f"network to be saved as '{stem}'", _describe(weights), _describe(_skeleton(spec).state_dict()))
+    expected = describe_weights(skeleton(spec).state_dict())
+    check_weights(f"network to be saved as '{stem}'", describe_weights(weights), expected, FITS)
     weights_path = folder / f"{stem}.safetensors"
     with atomic_file(weights_path) as partial:
         # No metadata: their order in the file is not reproducible. And no save_file: a full disk is no OSError there.
@@ -198,7 +200,6 @@ def load_model(folder: Path, stem: str) -> tuple[nn.Module, ModelSpec]:
     Raises:
         UserError: a file is missing, damaged, or does not fit the network.
     """
-    safetensors = require("safetensors", "train")
     what = f"model description '{folder / stem}.json'"
     description = read_json(folder / f"{stem}.json", "model description")
     spec = ModelSpec.from_json(description, what)
@@ -206,57 +207,22 @@ def load_model(folder: Path, stem: str) -> tuple[nn.Module, ModelSpec]:
     path = folder / f"{stem}.safetensors"
     if not path.is_file():
         raise UserError(f"No weights at '{path}': check the path.")
-    expected = _describe(_skeleton(spec).state_dict())
     if sha256_file(path) != expected_sha256:
         raise UserError(f"The weights '{path}' are not those that '{stem}.json' describes: copy or make both again.")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-            given = {name: (tuple(item.get_shape()), item.get_dtype()) for name, item in slices.items()}
-            _check_weights(f"weights '{path}'", given, expected)
-            weights = {name: file.get_tensor(name) for name in given}
-    except safetensors.SafetensorError as error:
-        raise UserError(f"The weights '{path}' are damaged ({_one_line(error)}): make them again.") from None
+    expected = describe_weights(skeleton(spec).state_dict())
+    check_weights(f"weights '{path}'", list_weights(path), expected, FITS)
+    weights = read_weights(path, expected)
     model = build_model(spec)
     model.load_state_dict(weights, strict=True)
     return model, spec
 
 
-def _skeleton(spec: ModelSpec) -> nn.Module:
+def skeleton(spec: ModelSpec) -> nn.Module:
     """The network without memory behind it: a spec that asks for terabytes costs nothing here."""
     import torch
 
     with torch.device("meta"):
         return build_model(spec)
-
-
-def _describe(weights: dict[str, torch.Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and safetensors' name of the type, e.g. ((64, 3, 7, 7), "F32"), by name."""
-    import torch
-
-    names = {
-        torch.float64: "F64",
-        torch.float32: "F32",
-        torch.float16: "F16",
-        torch.bfloat16: "BF16",
-        torch.int64: "I64",
-        torch.int32: "I32",
-        torch.uint8: "U8",
-        torch.bool: "BOOL",
-    }
-    return {name: (tuple(value.shape), names.get(value.dtype, str(value.dtype))) for name, value in weights.items()}
-
-
-def _check_weights(what: str, given: dict[str, Any], expected: dict[str, Any]) -> None:
-    for verb, names in (("lacks", expected.keys() - given.keys()), ("has the unknown", given.keys() - expected.keys())):
-        if names:
-            rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(
-                f"The {what} {verb} tensor '{min(names)}'{rest}: it does not fit the description beside it."
-            )
-    for name in sorted(given):
-        if given[name] != expected[name]:
-            raise UserError(f"The {what} has '{name}' as {given[name]}, the network needs {expected[name]}.")
 
 
 def _one_line(error: Exception) -> str:

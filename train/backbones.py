@@ -96,11 +96,7 @@ def find_backbone(
     Raises:
         UserError: timm has no such network, or it takes no channels, or no patch size.
     """
-    timm = require("timm", "train")
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists what there is."
-        raise UserError(f"Unknown backbone '{name}': {hint}")
+    timm = check_known(name)
     is_resnet = timm.models.is_model_in_modules(name, RESNETS)
     if channels is not None and not is_resnet:
         raise UserError(f"--channels is for ResNets: '{name}' takes none.")
@@ -121,6 +117,20 @@ def find_backbone(
         with contextlib.suppress(UserError):
             return backbone if sized.refused([image_px]) else sized
     return backbone
+
+
+def check_known(name: str) -> Any:
+    """timm, which has such a network.
+
+    Raises:
+        UserError: it has not, or is not installed.
+    """
+    timm = require("timm", "train")
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists what there is."
+        raise UserError(f"Unknown backbone '{name}': {hint}")
+    return timm
 
 
 def _create(name: str, args: dict[str, Any]) -> nn.Module:

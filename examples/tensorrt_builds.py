@@ -21,9 +21,10 @@ import numpy as np
 import tyro
 
 from midge.export.fold import fold_batch_norm
+from midge.export.half_precision import float16_graph
 from midge.export.onnx_export import export_onnx, save_onnx
-from midge.export.quantize import measure_ranges
-from midge.export.tensorrt_export import CHECKER, check_build, float16_graph, int8_graph, save_tensorrt
+from midge.export.prepare import prepare
+from midge.export.tensorrt_export import CHECKER, check_build, save_tensorrt
 from midge.runtime.errors import require
 from midge.runtime.files import write_json
 from midge.runtime.progress import say
@@ -64,7 +65,7 @@ def build_all(name: str, px: int, folder: Path) -> list[dict[str, Any]]:
     graphs = {
         "fp32": lambda: graph,
         "fp16": lambda: float16_graph(path),
-        "int8": lambda: int8_graph(path, measure_ranges(path, images)),
+        "int8": lambda: prepare(graph, images, "mse")[0].quantize("onnx-int8-s8"),
     }
     rows = []
     for precision, make in graphs.items():

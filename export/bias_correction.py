@@ -138,7 +138,7 @@ def _largest_cut(graph: ModelProto) -> int:
     """Bytes of an image's three largest activations, which is what waits between two stretches of usual networks."""
     onnx = require("onnx", "export")
     infos = onnx.shape_inference.infer_shapes(graph).graph.value_info
-    sizes = [4 * math.prod(side.dim_value for side in info.type.tensor_type.shape.dim) for info in infos]
+    sizes = [4 * math.prod(side.dim_value or 1 for side in info.type.tensor_type.shape.dim) for info in infos]
     return max(1, sum(sorted(sizes)[-3:]))
 
 

@@ -37,7 +37,7 @@ class Sample:
     Attributes:
         paths: relative to the folder they come from.
         hashes: SHA-256 of the content of each file.
-        inputs: (N, 3, H, W) float32.
+        inputs: (N, …), as the network takes them.
     """
 
     paths: tuple[str, ...]
@@ -117,7 +117,7 @@ def draw_samples(
     """
     images = list_images(root)
     evaluation = EvaluationImages(None if evaluation_root is None else list_images(evaluation_root))
-    image_bytes = 4 * 3 * preprocess.crop_px**2
+    image_bytes = 4 * 3 * preprocess.crop_px**2  # as floats, which they become
     if count > (most := max(1, MAX_BYTES // image_bytes)):
         say(f"Calibrating on {most} images instead of {count}: more would take above {MAX_BYTES >> 20} MiB of memory.")
         count = most
@@ -185,7 +185,7 @@ class ReadImage(NamedTuple):
         path: relative to its folder.
         sha256: of the file's content.
         size_bytes: of the file.
-        input: (3, H, W) float32, preprocessed.
+        input: preprocessed, as the network takes it.
     """
 
     path: str
@@ -236,7 +236,7 @@ def usable(read: Iterator[ReadImage], evaluation: EvaluationImages, known: Seque
 
 def collect(drawn: Sequence[ReadImage], preprocess: Preprocess) -> Sample:
     """Images as one array, with their paths and hashes."""
-    inputs = np.empty((len(drawn), 3, preprocess.crop_px, preprocess.crop_px), np.float32)
+    inputs = np.empty((len(drawn), *preprocess.input_shape), preprocess.input_dtype)
     for index, item in enumerate(drawn):
         inputs[index] = item.input
     return Sample(tuple(item.path for item in drawn), tuple(item.sha256 for item in drawn), inputs)

@@ -12,6 +12,7 @@ from ..runtime.errors import check_ranges
 # Inclusive, by field; where one is not a field of a command it does not hold for it.
 RANGES: dict[str, tuple[float, float]] = {
     "calibration_images": (1, 1_000_000),
+    "opset": (18, 23),
     "image_px": (1, 4096),
     "resize_px": (1, 4096),
     "seed": (0, 2**63 - 1),
@@ -49,8 +50,11 @@ class ExportConfig:
     with attention, dynamic (ONNX Runtime on CPUs)."""
 
     kind: str | None = None
-    """What the network gives: classifier (logits) or embedding (features, without the classifier); default what there
-    is."""
+    """What the network gives: classifier (logits), embedding (a feature vector) or features (maps of --strides);
+    default a classifier where there is one, else an embedding."""
+
+    strides: tuple[int, ...] | None = None
+    """With --kind features: strides of the feature maps, px of the image per px of a map; default 8 16 32."""
 
     weights: Path | None = None
     """Instead of a run: a safetensors file of a plain timm state dict, with or without its classifier."""
@@ -79,6 +83,16 @@ class ExportConfig:
 
     std: tuple[float, float, float] | None = None
     """With --weights: standard deviation of red, green and blue, of values in 0..1."""
+
+    dynamic_batch: bool = False
+    """ONNX and OpenVINO take any number of images at a time, instead of one."""
+
+    embed_preprocess: bool = False
+    """Put scaling and normalization into the network, which then takes (1, H, W, 3) 8-bit images, resized and cropped.
+    For ONNX and OpenVINO."""
+
+    opset: int = 18
+    """Version of ONNX's operators. Earlier runtimes want an early one; below 18 torch cannot write."""
 
     data: Path | None = None
     """Folder of calibration images, whose labels are not looked at; default those the run was trained on."""

@@ -16,13 +16,14 @@ import numpy as np
 
 from .. import __version__
 from ..runtime.artifact import NAME, REFERENCE, load_artifact, write_manifest
-from ..runtime.backend import predict
+from ..runtime.backend import predict_all
 from ..runtime.errors import UserError, require
 from ..runtime.files import atomic_folder, refuse_existing
 from ..runtime.golden import write_golden
 from ..runtime.torch_backend import TorchBackend
 from .calibration import Samples, draw_samples, find_images
 from .config import ExportConfig
+from .delivery import Delivery, describe_graph
 from .fold import fold_batch_norm
 from .onnx_export import export_onnx, save_onnx
 from .prepare import prepare
@@ -35,6 +36,7 @@ from .writers import WRITERS, Source, check_packages, suited
 
 TOOLS = ("torch", "timm", "onnx", "onnxscript", "onnxslim", "onnxruntime", "numpy", "pillow")
 OPENVINO_TOOLS = ("openvino", "nncf")
+GRAPH_TARGETS = ("onnx", "openvino")  # whose variants are made from the ONNX graph as it is delivered
 
 
 def export_run(config: ExportConfig) -> int:
@@ -52,6 +54,7 @@ def export_run(config: ExportConfig) -> int:
     if config.check_build:
         require(CHECKER, "tensorrt")
     check_subject(config)
+    check_forms(config, variants)
     root, evaluation_root = find_images(config.run, config.data, config.evaluation_data)
     seconds: dict[str, float] = {}
     with timed(seconds, "images"):
@@ -59,10 +62,8 @@ def export_run(config: ExportConfig) -> int:
         spec = subject.spec
         count = config.calibration_images if any("int8" in variant for variant in variants) else 0
         samples = draw_samples(root, evaluation_root, spec.preprocess, count, config.seed, config.workers)
-        if count:
-            check_calibration_images(samples.calibration.inputs)
     with atomic_folder(config.out) as folder:
-        written, table = write_variants(folder, (REFERENCE, *variants), subject, samples, seconds, config.calibration)
+        written, table = write_variants(folder, (REFERENCE, *variants), config, subject, samples, seconds)
         models = {variant: f"{variant}/{WRITERS[variant].model}" for variant in written}
         with timed(seconds, "golden"):
             outputs = write_golden_pack(folder, folder / models[REFERENCE], samples)
@@ -73,15 +74,15 @@ def export_run(config: ExportConfig) -> int:
             folder,
             name=name,
             kind=subject.kind,
-            input_shape=(1, 3, spec.input_px, spec.input_px),
-            output_shape=(1, outputs.shape[1]),
+            input_shape=(1, *spec.preprocess.input_shape),
+            outputs={name: (1, *output.shape[1:]) for name, output in zip(subject.outputs, outputs, strict=True)},
             preprocess=spec.preprocess,
             labels=spec.labels,
             models=models,
             notes={variant: WRITERS[variant].note for variant in models},
             origin=describe_origin(subject, samples),
             tools=tool_versions(variants),
-            output_name=subject.output_name,
+            dynamic_batch=[name for name in variants if config.dynamic_batch and name.startswith(GRAPH_TARGETS)],
         )
     print_result(config, samples, seconds)
     return int(not builds)
@@ -102,13 +103,26 @@ def artifact_name(config: ExportConfig) -> str:
     return name
 
 
+def check_forms(config: ExportConfig, variants: Sequence[str]) -> None:
+    """Refuse forms of the graph that a variant cannot have.
+
+    Raises:
+        UserError: one of the variants is not made from the graph as it is delivered.
+    """
+    others = [variant for variant in variants if not variant.startswith(GRAPH_TARGETS)]
+    asked = {"--embed-preprocess": config.embed_preprocess, "--kind features": config.kind == "features"}
+    for flag, given in asked.items():
+        if others and given:
+            raise UserError(f"{flag} is for {' and '.join(GRAPH_TARGETS)}, not {others[0]}: export it apart.")
+
+
 def write_variants(
     folder: Path,
     variants: Sequence[str],
+    config: ExportConfig,
     subject: Subject,
     samples: Samples,
     seconds: dict[str, float],
-    method: str,
 ) -> tuple[tuple[str, ...], RangeTable | None]:
     """Write the variants, each into the folder of its name.
 
@@ -116,18 +130,25 @@ def write_variants(
         Those that suit the network, and the ranges of the activations; None where no variant needed them.
     """
     model, spec, images = subject.model, subject.spec, samples.calibration.inputs
+    if spec.preprocess.embedded:
+        images = spec.preprocess.normalize(images)
+    if len(images):
+        check_calibration_images(images)
     with tempfile.TemporaryDirectory() as work:
         onnx_path = Path(work) / "model.onnx"
         with timed(seconds, "onnx"):
             folded = fold_batch_norm(model, spec.input_px)
-            graph = export_onnx(folded, spec.input_px, subject.output_name)
+            graph = export_onnx(
+                folded, spec.input_px, *subject.outputs, opset=config.opset, dynamic_batch=config.dynamic_batch
+            )
             save_onnx(graph, onnx_path)
         variants = suited(variants, is_transformer(graph))
         int8, table = None, None
         if any(WRITERS[variant].needs_ranges for variant in variants):
             with timed(seconds, "calibration"):
-                int8, table = prepare(graph, images, method)
-        source = Source(model, folded, spec, graph, onnx_path, images, int8)
+                int8, table = prepare(graph, images, config.calibration)
+        delivery = Delivery(spec.preprocess, describe_graph(subject.kind, spec))
+        source = Source(model, folded, spec, graph, onnx_path, images, int8, delivery)
         for variant in variants:
             writer = WRITERS[variant]
             with timed(seconds, variant):
@@ -135,22 +156,22 @@ def write_variants(
     return variants, table
 
 
-def write_golden_pack(folder: Path, model: Path, samples: Samples) -> np.ndarray:
+def write_golden_pack(folder: Path, model: Path, samples: Samples) -> tuple[np.ndarray, ...]:
     """Write golden.npz.
 
     Returns:
-        The reference's outputs for the golden images, (N, K) float32.
+        The reference's outputs for the golden images, (N, …) float32 each.
 
     Raises:
         UserError: they are not finite.
     """
     with TorchBackend(model, threads=1) as backend:
-        outputs = predict(backend, samples.golden.inputs)
-    if not np.isfinite(outputs).all():
+        outputs = predict_all(backend, samples.golden.inputs)
+    if not all(np.isfinite(output).all() for output in outputs):
         raise UserError(
             f"The network gives numbers that are not finite for '{samples.golden.paths[0]}': train it again."
         )
-    write_golden(folder / "golden.npz", samples.golden.inputs, outputs)
+    write_golden(folder / "golden.npz", samples.golden.inputs, *outputs)
     return outputs
 
 

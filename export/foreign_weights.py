@@ -172,7 +172,7 @@ def find_labels(config: ExportConfig, num_classes: int) -> tuple[str, ...]:
     if path is None:
         return tuple(map(str, range(num_classes)))
     if not num_classes:
-        raise UserError(f"--labels-file names classes, but an embedding of '{config.weights}' has none: leave it out.")
+        raise UserError(f"--labels-file names classes, but features of '{config.weights}' have none: leave it out.")
     try:
         with path.open("rb") as file:
             content = file.read(MAX_LABELS_BYTES + 1)

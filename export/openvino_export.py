@@ -1,8 +1,8 @@
 """The ONNX graph as OpenVINO files, in float32 and quantized by NNCF.
 
 OpenVINO reads the exported ONNX file instead of tracing the torch network once more: every target then starts from one
-graph, with the same names, already folded. Weights stay float32: OpenVINO's default is to store them as float16, which
-would be another network than the one that is called FP32.
+graph, with the same names, already folded. Weights are stored in float32, unlike OpenVINO's default, unless FP16 is
+asked for: with half the bits it would be another network than the one that is called FP32.
 """
 
 from __future__ import annotations
@@ -21,23 +21,28 @@ import numpy as np
 from ..runtime.errors import UserError, require
 from ..runtime.files import atomic_folder
 from ..runtime.progress import Bar
+from .delivery import Delivery
 
 
-def save_openvino(onnx_path: Path, path: Path) -> None:
-    """Convert an ONNX file to OpenVINO's ``.xml`` and ``.bin``, all weights float32.
+def save_openvino(onnx_path: Path, path: Path, delivery: Delivery | None = None, fp16: bool = False) -> None:
+    """Convert an ONNX file to OpenVINO's ``.xml`` and ``.bin``.
 
     Args:
         onnx_path: the FP32 graph.
         path: the ``.xml`` to write; its folder must be new.
+        delivery: what is added to the graph, if anything.
+        fp16: store the weights in half precision instead of float32.
 
     Raises:
         UserError: OpenVINO is not installed or cannot write.
     """
     openvino = require("openvino", "openvino")
-    _save(openvino, openvino.Core().read_model(onnx_path), path)
+    _save(openvino, openvino.Core().read_model(onnx_path), path, delivery, fp16)
 
 
-def quantize_openvino(onnx_path: Path, path: Path, images: np.ndarray, transformer: bool) -> None:
+def quantize_openvino(
+    onnx_path: Path, path: Path, images: np.ndarray, transformer: bool, delivery: Delivery | None = None
+) -> None:
     """Quantize an ONNX file with NNCF: symmetric weights per channel, asymmetric activations, biases corrected.
 
     Args:
@@ -45,6 +50,7 @@ def quantize_openvino(onnx_path: Path, path: Path, images: np.ndarray, transform
         path: the ``.xml`` to write; its folder must be new.
         images: (N, 3, H, W) float32, preprocessed, all of which are calibrated on.
         transformer: the network has attention, whose shape NNCF should know.
+        delivery: what is added to the quantized graph, if anything.
     """
     openvino = require("openvino", "openvino")
     nncf = import_nncf()
@@ -57,7 +63,7 @@ def quantize_openvino(onnx_path: Path, path: Path, images: np.ndarray, transform
             subset_size=len(images),
             model_type=nncf.ModelType.TRANSFORMER if transformer else None,
         )
-    _save(openvino, model, path)
+    _save(openvino, model, path, delivery)
 
 
 def import_nncf() -> Any:
@@ -89,14 +95,16 @@ class _Passes:
                 yield image[None]
 
 
-def _save(openvino: Any, model: Any, path: Path) -> None:
+def _save(openvino: Any, model: Any, path: Path, delivery: Delivery | None, fp16: bool = False) -> None:
     """Write a model. What OpenVINO named by a counter of the process is named by its place, for equal bytes."""
+    if delivery is not None:
+        model = delivery.of_openvino(model)
     for place, operation in enumerate(model.get_ordered_ops()):
         if re.fullmatch(rf"{operation.get_type_name()}_\d+", operation.get_friendly_name()):
             operation.set_friendly_name(f"{operation.get_type_name()}_{place}")
     try:
         with atomic_folder(path.parent) as folder:
-            openvino.save_model(model, folder / path.name, compress_to_fp16=False)
+            openvino.save_model(model, folder / path.name, compress_to_fp16=fp16)
     except RuntimeError as error:  # all it says of a full disk is "iostream error"
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"OpenVINO cannot write '{path.parent}' ({reason}): check the space on the disk.") from None

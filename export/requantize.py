@@ -24,8 +24,10 @@ from ..runtime.progress import say
 from ..runtime.torch_model import load_model
 from .calibration import EvaluationImages, Samples, collect, evaluation_beside, read_images, usable
 from .config import QuantizeConfig
+from .delivery import Delivery, describe_graph
 from .export import tool_versions
 from .fold import fold_batch_norm
+from .onnx_export import without_notes
 from .prepare import Prepared, prepare
 from .quantize import refuse_quantized
 from .ranges import FILE, METHODS, SCHEMA, RangeTable, check_method, write_calibration
@@ -101,6 +103,8 @@ def read_float_graph(artifact: Artifact) -> ModelProto:
     missing = [name for name in (FLOAT_GRAPH, REFERENCE) if name not in artifact.variants]
     if missing:
         raise UserError(f"The artifact '{artifact.path}' has no {missing[0]}: export it with --precision fp32 int8.")
+    if artifact.preprocess.embedded:
+        raise UserError(f"The graphs of '{artifact.path}' normalize inside: export it without --embed-preprocess.")
     path = artifact.variants[FLOAT_GRAPH].model
     try:
         graph = onnx.load(path, load_external_data=False)
@@ -109,6 +113,7 @@ def read_float_graph(artifact: Artifact) -> ModelProto:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"The graph '{path}' is no ONNX file ({reason}): export the artifact again.") from None
     refuse_quantized(graph)
+    without_notes(graph)
     return graph
 
 
@@ -178,7 +183,8 @@ def write_artifact(folder: Path, artifact: Artifact, graph: ModelProto, samples:
     model, spec = load_model(reference.parent, reference.stem)
     onnx_path = artifact.variants[FLOAT_GRAPH].model
     folded = fold_batch_norm(model, spec.input_px)
-    source = Source(model, folded, spec, graph, onnx_path, samples.calibration.inputs, prepared)
+    delivery = Delivery(artifact.preprocess, describe_graph(artifact.kind, spec))
+    source = Source(model, folded, spec, graph, onnx_path, samples.calibration.inputs, prepared, delivery)
     shutil.copy(artifact.golden, folder / "golden.npz")
     for name in artifact.variants:
         if is_int8(name) and name in WRITERS:
@@ -199,7 +205,7 @@ def describe(folder: Path, artifact: Artifact, tools: dict[str, str]) -> None:
         name=artifact.name,
         kind=artifact.kind,
         input_shape=artifact.input_shape,
-        output_shape=artifact.output_shape,
+        outputs=artifact.outputs,
         preprocess=artifact.preprocess,
         labels=artifact.labels,
         models={name: f"{name}/{artifact.variants[name].model.name}" for name in names},
@@ -207,7 +213,7 @@ def describe(folder: Path, artifact: Artifact, tools: dict[str, str]) -> None:
         origin={**artifact.manifest["origin"], "quantized_from": sha256_file(artifact.path / "manifest.json")},
         tools=tools,
         input_name=artifact.input_name,
-        output_name=artifact.output_name,
+        dynamic_batch=[name for name in names if artifact.variants[name].dynamic_batch],
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runtime.artifact import KINDS
 from ..runtime.errors import UserError, unknown_name
+from ..runtime.feature_maps import take_feature_maps
 from ..runtime.files import read_json, sha256_file
 from ..runtime.torch_model import ModelSpec, load_model
 from .config import ExportConfig
@@ -14,8 +16,8 @@ from .config import ExportConfig
 if TYPE_CHECKING:
     from torch import nn
 
-KINDS = ("classifier", "embedding")
 OUTPUTS = {"classifier": "logits", "embedding": "features"}
+STRIDES = (8, 16, 32)
 OF_WEIGHTS = ("backbone", "head", "labels_file", "image_px", "resize_px", "interpolation", "mean", "std")
 """Flags that say what a run says itself."""
 
@@ -27,15 +29,15 @@ class Subject:
     Attributes:
         model: in eval mode on the CPU.
         spec: how to rebuild it, its preprocessing and labels.
-        kind: ``"classifier"`` or ``"embedding"``.
-        output_name: name of what it gives.
+        kind: ``"classifier"``, ``"embedding"`` or ``"features"``.
+        outputs: names of what it gives.
         origin: where it comes from, as JSON; no path and no time.
     """
 
     model: nn.Module
     spec: ModelSpec
     kind: str
-    output_name: str
+    outputs: tuple[str, ...]
     origin: dict[str, Any]
 
 
@@ -49,6 +51,8 @@ def check_subject(config: ExportConfig) -> None:
         raise UserError("Give either a run folder or --weights FILE.safetensors, which is what is exported.")
     if config.kind is not None and config.kind not in KINDS:
         raise unknown_name("kind", config.kind, KINDS)
+    if config.strides is not None and config.kind != "features":
+        raise UserError("--strides goes with --kind features: a network gives one vector otherwise.")
     if config.run is not None:
         if given := [name for name in OF_WEIGHTS if getattr(config, name) is not None]:
             raise UserError(f"--{given[0].replace('_', '-')} goes with --weights: the run says it itself.")
@@ -58,8 +62,8 @@ def check_subject(config: ExportConfig) -> None:
         raise UserError("--weights needs --backbone, timm's name of the network, e.g. --backbone resnet18.")
     if config.data is None:
         raise UserError("--weights needs --data, a folder of images to calibrate on and to check the variants with.")
-    if config.head is not None and config.kind == "embedding":
-        raise UserError("--head makes a classifier, not --kind embedding: leave one of them out.")
+    if config.head is not None and config.kind not in (None, "classifier"):
+        raise UserError(f"--head makes a classifier, not --kind {config.kind}: leave one of them out.")
 
 
 def load_subject(config: ExportConfig) -> Subject:
@@ -76,8 +80,15 @@ def load_subject(config: ExportConfig) -> Subject:
         stem = find_stem(config.run, config.kind)
         model, spec = load_model(config.run, stem)
         origin = describe_run(config.run, stem)
+    if config.embed_preprocess:
+        spec = replace(spec, preprocess=replace(spec.preprocess, embedded=True))
+    if config.kind == "features":
+        strides = tuple(sorted(set(config.strides or STRIDES)))
+        spec = replace(spec, strides=strides)
+        names = tuple(f"stride{stride}" for stride in strides)
+        return Subject(take_feature_maps(model, strides), spec, "features", names, origin)
     kind = "classifier" if spec.num_classes else "embedding"
-    return Subject(model, spec, kind, OUTPUTS[kind], origin)
+    return Subject(model, spec, kind, (OUTPUTS[kind],), origin)
 
 
 def find_stem(run: Path, kind: str | None) -> str:

@@ -10,8 +10,12 @@ from collections.abc import Sequence
 from ..runtime.errors import UserError, unknown_name
 
 TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
-    "onnx": {"fp32": ("onnx-fp32",), "int8": ("onnx-int8-u8", "onnx-int8-s8", "onnx-int8-dynamic")},
-    "openvino": {"fp32": ("openvino-fp32",), "int8": ("openvino-int8",)},
+    "onnx": {
+        "fp32": ("onnx-fp32",),
+        "fp16": ("onnx-fp16",),
+        "int8": ("onnx-int8-u8", "onnx-int8-s8", "onnx-int8-dynamic"),
+    },
+    "openvino": {"fp32": ("openvino-fp32",), "fp16": ("openvino-fp16",), "int8": ("openvino-int8",)},
     "tensorrt": {"fp32": ("tensorrt-fp32",), "fp16": ("tensorrt-fp16",), "int8": ("tensorrt-int8",)},
 }
 

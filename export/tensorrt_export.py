@@ -6,7 +6,6 @@ in the graph, because TensorRT 11 has no flag for it.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..runtime.errors import require
 from ..runtime.files import read_json, write_json
 from ..runtime.progress import say, track
 from ..runtime.tensorrt_build import RECIPE, Recipe, build_engine, read_recipe
-from .onnx_export import save_onnx, without_notes
+from .onnx_export import save_onnx
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -34,21 +33,6 @@ def save_tensorrt(graph: ModelProto, path: Path, precision: str) -> None:
     dtype = require("onnx", "export").helper.tensor_dtype_to_np_dtype(kind.elem_type).name
     save_onnx(graph, path)
     write_json(path.with_name(RECIPE), Recipe(precision, given.name, shape, dtype).to_json())
-
-
-def float16_graph(onnx_path: Path) -> ModelProto:
-    """The graph in half precision, its input and outputs in float32."""
-    onnx = require("onnx", "export")
-    from onnxruntime.quantization.onnx_model import ONNXModel
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of weights below the smallest half, which become that or 0
-        model = convert_float_to_float16(onnx.load(onnx_path), keep_io_types=True)
-    ONNXModel(model).topological_sort()
-    without_notes(model)
-    onnx.checker.check_model(model, full_check=True)
-    return model
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,6 @@ from ..runtime.backend import (
     why_not_on_this_machine,
 )
 from ..runtime.errors import UserError, unknown_name
-from ..runtime.golden import load_golden
 from ..runtime.images import list_images
 from ..runtime.parity import Parity, compare_outputs
 from ..runtime.progress import say, track
@@ -36,6 +36,8 @@ from .config import VerifyConfig
 # Smallest mean cosine in INT8: of a classifier's logits, and of features by whether the network is a transformer.
 INT8_MIN_COSINE = {"classifier": 0.95}
 FEATURES_MIN_COSINE = {False: 0.995, True: 0.99}
+BATCH = 3  # images at once, to check a variant that takes any number
+MAX_BYTES = 1 << 30  # of outputs in memory
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Check:
 
     Attributes:
         variant: its name.
-        images: ``"golden"`` or ``"data"``.
+        images: ``"golden"``, ``"batch"`` (some golden images at once, where a variant takes them) or ``"data"``.
+        output: its name where the network has several, else "".
         parity: how they agree.
         int8_mac_share: part of the variant's multiply-accumulates that ran in 8-bit integers, 0..1; None if unknown.
         missed: the thresholds that were missed, one phrase each.
@@ -52,6 +55,7 @@ class Check:
 
     variant: str
     images: str
+    output: str
     parity: Parity
     int8_mac_share: float | None
     missed: tuple[str, ...]
@@ -65,7 +69,7 @@ def verify(config: VerifyConfig) -> int:
     """
     config.check()
     artifact = load_artifact(config.artifact)
-    golden = load_golden(artifact.golden, artifact.input_shape, artifact.output_shape)
+    golden = artifact.read_golden()
     if artifact.input_shape[0] != 1:
         raise UserError(f"The artifact takes {artifact.input_shape[0]} images at a time: only 1 can be verified.")
     if config.drift is not None:
@@ -79,26 +83,32 @@ def verify(config: VerifyConfig) -> int:
         options = BackendOptions(device=config.device, cache=config.cache)
         backends = {name: stack.enter_context(open_checked(artifact, name, options)) for name in names}
         placements = {name: backend.placement() for name, backend in backends.items()}
+        expected = (golden.outputs, *golden.more)
         outputs = run_all(backends, artifact, track(golden.inputs, "Golden images"))
-        compared = {(name, "golden"): compare_outputs(outputs[name], golden.outputs) for name in names}
+        compared = {(name, "golden"): compare_all(outputs[name], expected) for name in names}
+        chosen = np.arange(BATCH) % len(golden.inputs)
+        for name in names:
+            if artifact.variants[name].dynamic_batch:
+                found = run_checked(backends[name], name, artifact, golden.inputs[chosen])
+                compared[name, "batch"] = compare_all(found, tuple(array[chosen] for array in expected))
         if config.data is not None and can_run_reference(artifact):
             if REFERENCE not in backends:
                 backends[REFERENCE] = stack.enter_context(open_checked(artifact, REFERENCE))
-            outputs = run_all(backends, artifact, read_inputs(config, config.data, artifact))
+            outputs = run_all(backends, artifact, read_inputs(config, config.data, artifact, len(backends)))
             compared |= {
-                (name, "data"): compare_outputs(outputs[name], outputs[REFERENCE])
-                for name in names
-                if name != REFERENCE
+                (name, "data"): compare_all(outputs[name], outputs[REFERENCE]) for name in names if name != REFERENCE
             }
     checks = [
         Check(
             name,
             images,
+            output,
             parity,
             placements[name].share,
             missed_thresholds(config, artifact.kind, name, parity, is_transformer(placements.values())),
         )
-        for (name, images), parity in compared.items()
+        for (name, images), parities in compared.items()
+        for output, parity in zip(artifact.outputs if len(parities) > 1 else [""], parities, strict=True)
     ]
     if config.json:
         print(json.dumps(result_json(artifact, checks, skipped)))
@@ -164,37 +174,70 @@ def open_checked(artifact: Artifact, name: str, options: BackendOptions = DEFAUL
             f"The variant {name} takes {backend.input_shape}, the manifest says {artifact.input_shape}: "
             "export the artifact again."
         )
+    if artifact.variants[name].dynamic_batch and not backend.dynamic_batch:
+        backend.close()
+        raise UserError(f"The variant {name} takes one image at a time, the manifest says any: export it again.")
     return backend
 
 
-def read_inputs(config: VerifyConfig, data: Path, artifact: Artifact) -> Iterable[np.ndarray]:
-    """Preprocessed images (3, H, W) float32 of a folder, read while they are used."""
-    images = list_images(data, config.limit, config.seed)
+def read_inputs(config: VerifyConfig, data: Path, artifact: Artifact, backends: int) -> Iterable[np.ndarray]:
+    """Preprocessed images of a folder, as the network takes them, read while they are used.
+
+    There are no more than the outputs of all backends leave memory for.
+    """
+    image_bytes = backends * sum(4 * math.prod(shape) for shape in artifact.outputs.values())
+    most = max(1, MAX_BYTES // image_bytes)
+    if config.limit > most:
+        say(f"No more than {most} images are compared: the outputs of more would take above {MAX_BYTES >> 20} MiB.")
+    images = list_images(data, min(config.limit, most), config.seed)
     read = read_images(images, range(len(images)), artifact.preprocess, config.workers)
     return (image.input for image in track(read, "Images of --data", len(images)))
 
 
-def run_all(backends: dict[str, Backend], artifact: Artifact, images: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
-    """Outputs (N, K) float32 of every backend for images (3, H, W) float32.
+def run_all(
+    backends: dict[str, Backend], artifact: Artifact, images: Iterable[np.ndarray]
+) -> dict[str, tuple[np.ndarray, ...]]:
+    """All outputs, (N, …) float32 each, of every backend for images as the network takes them.
 
     Raises:
         UserError: a runtime fails, or gives outputs of another shape than the manifest says.
     """
-    outputs: dict[str, list[np.ndarray]] = {name: [] for name in backends}
+    outputs: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in backends}
     for image in images:
         for name, backend in backends.items():
-            try:
-                output = backend.run(image[None])
-            except Exception as error:  # each runtime has its own kinds; the model may be hostile
-                reason = " ".join(str(error).split())[:300] or type(error).__name__
-                raise UserError(f"The variant {name} cannot run ({reason}): export the artifact again.") from None
-            if output.shape != artifact.output_shape or output.dtype != np.float32:
-                raise UserError(
-                    f"The variant {name} gives {output.shape} {output.dtype}, the manifest says "
-                    f"{artifact.output_shape} float32: export the artifact again."
-                )
-            outputs[name].append(output[0])
-    return {name: np.stack(rows) for name, rows in outputs.items()}
+            outputs[name].append(run_checked(backend, name, artifact, image[None]))
+    return {name: tuple(np.concatenate(arrays) for arrays in zip(*rows, strict=True)) for name, rows in outputs.items()}
+
+
+def run_checked(backend: Backend, name: str, artifact: Artifact, batch: np.ndarray) -> tuple[np.ndarray, ...]:
+    """All outputs for a batch.
+
+    Raises:
+        UserError: the runtime fails, or gives outputs of another shape than the manifest says.
+    """
+    try:
+        outputs = backend.run_all(batch) if len(artifact.outputs) > 1 else (backend.run(batch),)
+    except Exception as error:  # each runtime has its own kinds; the model may be hostile
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"The variant {name} cannot run ({reason}): export the artifact again.") from None
+    given = [(output.shape, output.dtype.name) for output in outputs]
+    needed = [((len(batch), *shape[1:]), "float32") for shape in artifact.outputs.values()]
+    if given != needed:
+        given_text, needed_text = (
+            ", ".join(f"{shape} {dtype}" for shape, dtype in described) for described in (given, needed)
+        )
+        raise UserError(
+            f"The variant {name} gives {given_text}, the manifest says {needed_text}: export the artifact again."
+        )
+    return outputs
+
+
+def compare_all(outputs: tuple[np.ndarray, ...], reference: tuple[np.ndarray, ...]) -> list[Parity]:
+    """Compare each output with the reference's, an image's maps as one vector."""
+    return [
+        compare_outputs(given.reshape(len(given), -1), expected.reshape(len(expected), -1))
+        for given, expected in zip(outputs, reference, strict=True)
+    ]
 
 
 def is_transformer(placements: Iterable[Placement]) -> bool:
@@ -235,8 +278,11 @@ def result_json(artifact: Artifact, checks: list[Check], skipped: dict[str, str]
     variants: dict[str, Any] = {}
     for check in checks:
         entry = variants.setdefault(check.variant, {"int8_mac_share": check.int8_mac_share, "missed": []})
-        entry[check.images] = check.parity.to_json()
-        entry["missed"] += [f"{check.images}: {missed}" for missed in check.missed]
+        if check.output:
+            entry.setdefault(check.images, {})[check.output] = check.parity.to_json()
+        else:
+            entry[check.images] = check.parity.to_json()
+        entry["missed"] += [f"{_of(check)}: {missed}" for missed in check.missed]
     return {
         "schema": 1,
         "artifact": artifact.name,
@@ -248,19 +294,24 @@ def result_json(artifact: Artifact, checks: list[Check], skipped: dict[str, str]
 
 def print_checks(artifact: Artifact, checks: list[Check]) -> None:
     """Print a table to stdout. Every name in it has passed the checks of the manifest: no control character is left."""
-    width = max(len("variant"), *(len(check.variant) for check in checks))
+    named = [f"{check.variant} {check.output}".rstrip() for check in checks]
+    width = max(len("variant"), *map(len, named))
     print(f"{artifact.name} ({artifact.kind}) against {REFERENCE}")
     print(f"{'variant':<{width}}  images  cos mean    cos min   max error  top-1 same %      n  INT8 MACs %  ok")
-    for check in checks:
+    for name, check in zip(named, checks, strict=True):
         parity = check.parity
         error = "not finite" if parity.max_abs_error is None else f"{parity.max_abs_error:.2e}"
         agreement = f"{100 * parity.top1_agreement:.2f}" if artifact.kind == "classifier" else "-"
         share = "unknown" if check.int8_mac_share is None else f"{100 * check.int8_mac_share:.1f}"
         cosines = f"{parity.cosine_mean:.6f}  {parity.cosine_min:9.6f}"
         print(
-            f"{check.variant:<{width}}  {check.images:<6}  {cosines}  {error:>10}  {agreement:>12}  {parity.n:>5}  "
+            f"{name:<{width}}  {check.images:<6}  {cosines}  {error:>10}  {agreement:>12}  {parity.n:>5}  "
             f"{share:>11}  {'no' if check.missed else 'yes'}"
         )
     for check in checks:
         for missed in check.missed:
-            print(f"{check.variant}, {check.images}: {missed}")
+            print(f"{check.variant}, {_of(check)}: {missed}")
+
+
+def _of(check: Check) -> str:
+    return f"{check.images}, {check.output}" if check.output else check.images

@@ -5,7 +5,6 @@ All variants start from one network (batch normalization folded), one ONNX graph
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,11 +17,13 @@ from ..runtime.artifact import REFERENCE
 from ..runtime.errors import require
 from ..runtime.progress import say
 from ..runtime.torch_model import ModelSpec, save_model
+from .delivery import Delivery
+from .half_precision import float16_graph
 from .onnx_export import save_onnx
 from .openvino_export import import_nncf, quantize_openvino, save_openvino
 from .prepare import Prepared
 from .quantize import DIALECTS, DYNAMIC, is_transformer, quantize_dynamic
-from .tensorrt_export import float16_graph, save_tensorrt
+from .tensorrt_export import save_tensorrt
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -41,6 +42,7 @@ class Source:
         onnx_path: a file that holds the graph.
         images: (N, 3, H, W) float32, preprocessed calibration images; none where nothing is quantized.
         int8: what the INT8 variants are written from; None where there are none.
+        delivery: what is added to a graph when it is written.
     """
 
     model: nn.Module
@@ -50,6 +52,11 @@ class Source:
     onnx_path: Path
     images: np.ndarray
     int8: Prepared | None
+    delivery: Delivery
+
+    def save(self, graph: ModelProto, path: Path) -> None:
+        """Write an ONNX variant."""
+        save_onnx(self.delivery.of_onnx(graph), path)
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,12 @@ def write_reference(source: Source, path: Path) -> None:
 
 def write_onnx(source: Source, path: Path) -> None:
     """``onnx-fp32``: the graph that the other variants are made from."""
-    path.parent.mkdir()
-    shutil.copy(source.onnx_path, path)
+    source.save(source.graph, path)
+
+
+def write_onnx_fp16(source: Source, path: Path) -> None:
+    """``onnx-fp16``: the graph in half precision."""
+    source.save(float16_graph(source.onnx_path), path)
 
 
 def onnx_dialect(variant: str) -> Writer:
@@ -89,7 +100,7 @@ def onnx_dialect(variant: str) -> Writer:
     dialect = DIALECTS[variant]
 
     def write(source: Source, path: Path) -> None:
-        save_onnx(prepared(source).quantize(variant), path)
+        source.save(prepared(source).quantize(variant), path)
 
     return Writer("model.onnx", write, dialect.note, needs_ranges=True)
 
@@ -103,24 +114,29 @@ def prepared(source: Source) -> Prepared:
 def write_dynamic(source: Source, path: Path) -> None:
     """``onnx-int8-dynamic``: the ranges of activations are found anew for each image."""
     int8 = prepared(source)
-    save_onnx(quantize_dynamic(int8.graph, int8.float_nodes), path)
+    source.save(quantize_dynamic(int8.graph, int8.float_nodes), path)
 
 
 def write_openvino(source: Source, path: Path) -> None:
     """``openvino-fp32``: the graph as OpenVINO's files."""
-    save_openvino(source.onnx_path, path)
+    save_openvino(source.onnx_path, path, source.delivery)
+
+
+def write_openvino_fp16(source: Source, path: Path) -> None:
+    """``openvino-fp16``: the same with weights in half precision."""
+    save_openvino(source.onnx_path, path, source.delivery, fp16=True)
 
 
 def write_openvino_int8(source: Source, path: Path) -> None:
     """``openvino-int8``: our ``u8`` graph, or NNCF's, whichever is the better for the network (:func:`by_nncf`)."""
     int8 = prepared(source)
     if by_nncf(source.graph) and not int8.float_nodes:
-        quantize_openvino(source.onnx_path, path, source.images, is_transformer(source.graph))
+        quantize_openvino(source.onnx_path, path, source.images, is_transformer(source.graph), source.delivery)
         return
     with tempfile.TemporaryDirectory() as work:
         onnx_path = Path(work) / "model.onnx"
         save_onnx(int8.quantize("onnx-int8-u8"), onnx_path)
-        save_openvino(onnx_path, path)
+        save_openvino(onnx_path, path, source.delivery)
 
 
 def by_nncf(graph: ModelProto) -> bool:
@@ -135,17 +151,17 @@ def by_nncf(graph: ModelProto) -> bool:
 
 def write_tensorrt(source: Source, path: Path) -> None:
     """``tensorrt-fp32``: the graph, and the recipe of an engine."""
-    save_tensorrt(source.graph, path, "fp32")
+    save_tensorrt(source.delivery.of_onnx(source.graph), path, "fp32")
 
 
 def write_tensorrt_fp16(source: Source, path: Path) -> None:
     """``tensorrt-fp16``: the graph in half precision, and the recipe."""
-    save_tensorrt(float16_graph(source.onnx_path), path, "fp16")
+    save_tensorrt(source.delivery.of_onnx(float16_graph(source.onnx_path)), path, "fp16")
 
 
 def write_tensorrt_int8(source: Source, path: Path) -> None:
     """``tensorrt-int8``: the graph in the ``s8`` dialect, and the recipe."""
-    save_tensorrt(prepared(source).quantize("onnx-int8-s8"), path, "int8")
+    save_tensorrt(source.delivery.of_onnx(prepared(source).quantize("onnx-int8-s8")), path, "int8")
 
 
 ENGINE_NOTE = "The engine is built on the device, by recipe.json."
@@ -155,6 +171,11 @@ OPENVINO = (("openvino", "openvino"),)
 WRITERS: dict[str, Writer] = {
     REFERENCE: Writer("model.safetensors", write_reference, "The reference that every variant is compared with."),
     "onnx-fp32": Writer("model.onnx", write_onnx),
+    "onnx-fp16": Writer(
+        "model.onnx",
+        write_onnx_fp16,
+        "Half precision in the graph, for GPUs and TensorRT: a CPU mostly casts it to float32, and is no faster by it.",
+    ),
     "onnx-int8-u8": onnx_dialect("onnx-int8-u8"),
     "onnx-int8-s8": onnx_dialect("onnx-int8-s8"),
     DYNAMIC: Writer(
@@ -165,6 +186,12 @@ WRITERS: dict[str, Writer] = {
         transformers_only=True,
     ),
     "openvino-fp32": Writer("model.xml", write_openvino, packages=OPENVINO),
+    "openvino-fp16": Writer(
+        "model.xml",
+        write_openvino_fp16,
+        "Weights stored in half precision: half the size; a CPU computes in float32.",
+        packages=OPENVINO,
+    ),
     "openvino-int8": Writer(
         "model.xml",
         write_openvino_int8,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,14 +146,13 @@ def write_crops(
     Returns:
         The indices of the readable ones, n of them.
     """
-    plain = replace(preprocess, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     side = preprocess.crop_px
     crops = np.empty((len(indices), side, side, 3), np.uint8)
     readable = []
 
     def crop(index: int) -> np.ndarray | UnreadableImageError:
         try:
-            return np.rint(plain(images.load(index)) * 255).astype(np.uint8).transpose(1, 2, 0)
+            return preprocess.crop(images.load(index))
         except UnreadableImageError as error:
             return error
 

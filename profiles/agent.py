@@ -19,7 +19,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,18 @@ from typing import Any
 import numpy as np
 
 from ..runtime.artifact import Artifact, load_artifact, variant_runtime
-from ..runtime.backend import PACKAGES, Backend, BackendOptions, installed_package, open_backend
+from ..runtime.backend import (
+    PACKAGES,
+    Backend,
+    BackendOptions,
+    installed_package,
+    open_backend,
+    predict,
+    predict_all,
+)
 from ..runtime.errors import UserError, require, unknown_name
 from ..runtime.fields import Fields
 from ..runtime.files import sha256_file
-from ..runtime.golden import load_golden
 from ..runtime.parity import compare_outputs
 from ..runtime.preprocess import Preprocess
 from .latency import Round, time_runs, warm_up
@@ -113,7 +120,7 @@ def measure_latency(job: Fields, artifact: Artifact, name: str, threads: int) ->
     """
     plan = Round.from_json(job.fields("plan"))
     cpus = job.value.get("cpus")
-    inputs = load_array(Path(job.text("inputs")), np.dtype(np.float32), artifact.input_shape)
+    inputs = load_array(Path(job.text("inputs")), np.dtype(artifact.input_dtype), artifact.input_shape)
     images = [Path(path) for path in job.texts("images")[:MAX_IMAGES]]
     start = time.perf_counter_ns()
     version = import_runtime(variant_runtime(name))
@@ -161,8 +168,8 @@ def classify(job: Fields, artifact: Artifact, name: str, threads: int) -> Json:
     Returns:
         ``predictions``: N positions of the largest output, -1 where an output is not finite.
     """
-    height, width = artifact.input_shape[2:]
-    images = load_array(Path(job.text("inputs")), np.dtype(np.uint8), (1, height, width, 3))
+    side = artifact.preprocess.crop_px
+    images = load_array(Path(job.text("inputs")), np.dtype(np.uint8), (1, side, side, 3))
     normalize = replace(artifact.preprocess, resize_px=artifact.preprocess.crop_px)
     predictions = []
     with open_backend(artifact.variants[name], BackendOptions(threads)) as backend:
@@ -230,11 +237,19 @@ def time_preprocessing(preprocess: Preprocess, images: list[Path]) -> list[float
 
 def check_parity(backend: Backend, artifact: Artifact) -> Json:
     """Agreement with the reference's outputs on the golden pack."""
-    golden = load_golden(artifact.golden, artifact.input_shape, artifact.output_shape)
-    outputs = np.concatenate([backend.run(image[None]) for image in golden.inputs])
-    if outputs.shape != golden.outputs.shape:
-        raise UserError(f"It gives outputs {outputs.shape[1:]}, its manifest says {artifact.output_shape[1:]}.")
-    return compare_outputs(outputs, golden.outputs).to_json()
+    golden = artifact.read_golden()
+    several = bool(golden.more)
+    outputs = predict_all(backend, golden.inputs) if several else (predict(backend, golden.inputs),)
+    expected = (golden.outputs, *golden.more)
+    if [output.shape for output in outputs] != [output.shape for output in expected]:
+        given, needed = (", ".join(str(output.shape[1:]) for output in arrays) for arrays in (outputs, expected))
+        raise UserError(f"It gives outputs {given}, its manifest says {needed}.")
+    return compare_outputs(_as_vectors(outputs), _as_vectors(expected)).to_json()
+
+
+def _as_vectors(outputs: Sequence[np.ndarray]) -> np.ndarray:
+    """All outputs for an image as one vector: (N, K)."""
+    return np.concatenate([output.reshape(len(output), -1) for output in outputs], axis=1)
 
 
 def placement_json(backend: Backend) -> Json:

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.artifact import KINDS, NAME, VARIANT_NAME, variant_runtime
+from ..runtime.artifact import KINDS, NAME, variant_runtime
 from ..runtime.errors import UserError
 from ..runtime.fields import Fields
 from ..runtime.files import atomic_file, read_json
+from ..runtime.manifest import VARIANT_NAME
 from .statistics import describe
 
 Json = dict[str, Any]

@@ -12,7 +12,6 @@ import numpy as np
 from ..runtime.artifact import Artifact, variant_runtime
 from ..runtime.errors import UserError
 from ..runtime.fields import Fields
-from ..runtime.golden import load_golden
 from ..runtime.images import ImageList, UnreadableImageError, load_image
 from ..runtime.progress import Bar
 from .agent import SCHEMA
@@ -89,11 +88,11 @@ def pick_images(images: ImageList | None, seed: int, folder: Path) -> list[Path]
 
 
 def write_inputs(path: Path, artifact: Artifact, images: Sequence[Path]) -> None:
-    """Write the input of the latency, (n, 3, H, W) float32: the preprocessed images, or else the first golden ones."""
+    """Write the input of the latency, n of what the network takes: the preprocessed images, or else golden ones."""
     if images:
         inputs = np.stack([artifact.preprocess(load_image(image)) for image in images])
     else:
-        inputs = load_golden(artifact.golden, artifact.input_shape, artifact.output_shape).inputs[:INPUTS]
+        inputs = artifact.read_golden().inputs[:INPUTS]
     np.save(path, inputs, allow_pickle=False)
 
 

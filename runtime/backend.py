@@ -13,6 +13,7 @@ import numpy as np
 
 from .artifact import Variant, variant_runtime
 from .errors import UserError, unknown_name
+from .manifest import MAX_BATCH
 
 
 @dataclass(frozen=True)
@@ -77,17 +78,25 @@ class Backend(Protocol):
     """A loaded network in one runtime; also a context manager that closes it.
 
     Attributes:
-        input_shape: (N, 3, H, W) with the artifact's static batch N.
+        input_shape: (N, 3, H, W), or (N, H, W, 3) where the network normalizes by itself, with the artifact's batch N.
+        input_dtype: ``"float32"`` or ``"uint8"``.
+        dynamic_batch: it takes any number of images at a time beside N.
         inputs: the one input.
-        outputs: the outputs, of which ``run`` gives the first.
+        outputs: the outputs, of which ``run`` gives the first; with the artifact's batch, as the input.
     """
 
     input_shape: tuple[int, ...]
+    input_dtype: str
+    dynamic_batch: bool
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
     def run(self, batch: np.ndarray) -> np.ndarray:
-        """Outputs (N, K) float32 for a batch (N, 3, H, W) float32 of exactly ``input_shape``."""
+        """The only output, or the first, (N, …) float32, for a batch of ``input_shape`` and ``input_dtype``."""
+        ...
+
+    def run_all(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
+        """All outputs, (N, …) float32 each, in the order of the manifest."""
         ...
 
     def placement(self) -> Placement:
@@ -184,14 +193,26 @@ def predict(backend: Backend, images: Iterable[np.ndarray]) -> np.ndarray:
     return np.stack(outputs) if outputs else np.empty((0, 0), np.float32)
 
 
-def check_batch(batch: np.ndarray, input_shape: tuple[int, ...]) -> None:
+def predict_all(backend: Backend, images: Iterable[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """As :func:`predict`, all outputs: (number of images, …) float32 each; () where there are no images."""
+    outputs = [backend.run_all(image[None]) for image in images]
+    return tuple(np.concatenate(rows) for rows in zip(*outputs, strict=True))
+
+
+def check_batch(
+    batch: np.ndarray, input_shape: tuple[int, ...], dtype: str = "float32", dynamic_batch: bool = False
+) -> None:
     """Refuse a batch that the network was not made for, before a runtime reshapes or converts it silently.
 
     Raises:
         ValueError: another shape or type.
     """
-    if batch.shape != input_shape or batch.dtype != np.float32:
-        raise ValueError(f"Got a batch {batch.shape} {batch.dtype}, the network takes {input_shape} float32.")
+    fits = batch.shape == input_shape
+    if dynamic_batch:
+        fits = batch.shape[1:] == input_shape[1:] and batch.ndim == len(input_shape) and 1 <= len(batch) <= MAX_BATCH
+    if not fits or batch.dtype != np.dtype(dtype):
+        takes = f"(1..{MAX_BATCH}, {', '.join(map(str, input_shape[1:]))})" if dynamic_batch else str(input_shape)
+        raise ValueError(f"Got a batch {batch.shape} {batch.dtype}, the network takes {takes} {dtype}.")
 
 
 def cannot_load(runtime: str, model: Path, error: Exception) -> UserError:

@@ -74,6 +74,13 @@ class Fields:
             raise self.wrong(key, value, f"a list of {count} finite numbers")
         return tuple(float(item) for item in value)
 
+    def flag(self, key: str, default: bool) -> bool:
+        """A boolean, or ``default`` where the field is not there."""
+        value = self.value.get(key, default)
+        if not isinstance(value, bool):
+            raise self.wrong(key, value, "true or false")
+        return value
+
     def text(self, key: str, max_length: int = 4096) -> str:
         """A string of at most ``max_length`` characters."""
         value = self._get(key)
@@ -108,6 +115,13 @@ class Fields:
         if not isinstance(value, dict):
             raise self.wrong(key, value, "a JSON object")
         return value
+
+    def items(self, key: str, lengths: range) -> list[Fields]:
+        """A list of JSON objects, to be checked field by field."""
+        value = self._get(key)
+        if not isinstance(value, list) or len(value) not in lengths:
+            raise self.wrong(key, value, f"a list of {lengths[0]} to {lengths[-1]} JSON objects")
+        return [Fields(item, f"{self.what}, {key} {number}") for number, item in enumerate(value)]
 
     def fields(self, key: str) -> Fields:
         """A JSON object, to be checked field by field."""

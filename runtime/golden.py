@@ -23,58 +23,79 @@ class Golden(NamedTuple):
     """Images and what the reference makes of them.
 
     Attributes:
-        inputs: (N, 3, H, W) float32, preprocessed.
-        outputs: (N, K) float32.
+        inputs: (N, 3, H, W) float32, preprocessed; or (N, H, W, 3) uint8 for a network that normalizes by itself.
+        outputs: (N, K) float32; the first, where there are several, (N, C, h, w).
+        more: the others, (N, C, h, w) float32 each.
     """
 
     inputs: np.ndarray
     outputs: np.ndarray
+    more: tuple[np.ndarray, ...] = ()
 
 
-def write_golden(path: Path, inputs: np.ndarray, outputs: np.ndarray) -> None:
-    """Write (N, 3, H, W) and (N, K) arrays as float32; equal arrays give equal bytes."""
+def array_names(outputs: int) -> list[str]:
+    """Names of the arrays of a pack with so many outputs."""
+    return ["inputs", "outputs", *(f"outputs_{number}" for number in range(1, outputs))]
+
+
+def write_golden(path: Path, inputs: np.ndarray, *outputs: np.ndarray) -> None:
+    """Write images, as 8-bit integers where they are such, else as float32, and outputs as float32.
+
+    Equal arrays give equal bytes.
+    """
+    arrays = [inputs if inputs.dtype == np.uint8 else np.asarray(inputs, np.float32)]
+    arrays += [np.asarray(output, np.float32) for output in outputs]
     with atomic_file(path) as partial, partial.open("wb") as file:
-        np.savez(file, inputs=np.asarray(inputs, np.float32), outputs=np.asarray(outputs, np.float32))
+        np.savez(file, **dict(zip(array_names(len(outputs)), arrays, strict=True)))  # type: ignore[arg-type]
 
 
-def check_golden(path: Path, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> None:
+def check_golden(
+    path: Path, input_shape: tuple[int, ...], *output_shapes: tuple[int, ...], input_dtype: str = "float32"
+) -> None:
     """Check the declared arrays of a golden pack against the shapes of a network, whose first axis is the batch.
 
     Raises:
-        UserError: it is no such pack, or one of other shapes.
+        UserError: it is no such pack, or one of other shapes or types.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            names = sorted(archive.namelist())
-            if names != ["inputs.npy", "outputs.npy"]:
-                raise UserError(f"The golden pack '{path}' holds {names[:5]}, not the arrays inputs and outputs.")
-            inputs, outputs = (_declared_shape(path, archive, name) for name in names)
+            names = array_names(len(output_shapes))
+            if (found := sorted(archive.namelist())) != sorted(f"{name}.npy" for name in names):
+                raise UserError(f"The golden pack '{path}' holds {found[:5]}, not the arrays {' and '.join(names)}.")
+            dtypes = (input_dtype, *("float32" for _ in output_shapes))
+            inputs, *outputs = (
+                _declared_shape(path, archive, f"{name}.npy", dtype) for name, dtype in zip(names, dtypes, strict=True)
+            )
     except UserError:
         raise
     except Exception as error:  # zipfile and numpy's header parser raise many kinds on a damaged file
         raise _unreadable(path, error) from None
-    if inputs[:1] != outputs[:1] or inputs[1:] != input_shape[1:] or outputs[1:] != output_shape[1:] or inputs[0] < 1:
+    needed = [(inputs[0], *shape[1:]) for shape in (input_shape, *output_shapes)]
+    if [inputs, *outputs] != needed or inputs[0] < 1:
+        given = " and ".join(f"(N, {_join(shape)})" for shape in output_shapes)
         raise UserError(
-            f"The golden pack '{path}' holds inputs {inputs} and outputs {outputs}: the network takes "
-            f"(N, {_join(input_shape)}) and gives (N, {_join(output_shape)}) with N at least 1."
+            f"The golden pack '{path}' holds inputs {inputs} and outputs {', '.join(map(str, outputs))}: the network "
+            f"takes (N, {_join(input_shape)}) and gives {given} with N at least 1."
         )
 
 
-def load_golden(path: Path, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> Golden:
+def load_golden(
+    path: Path, input_shape: tuple[int, ...], *output_shapes: tuple[int, ...], input_dtype: str = "float32"
+) -> Golden:
     """Read a golden pack after :func:`check_golden`.
 
     Raises:
         UserError: it is no pack of these shapes, or holds values that are not finite.
     """
-    check_golden(path, input_shape, output_shape)
+    check_golden(path, input_shape, *output_shapes, input_dtype=input_dtype)
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            golden = Golden(arrays["inputs"], arrays["outputs"])
+            inputs, outputs, *more = (arrays[name] for name in array_names(len(output_shapes)))
     except Exception as error:  # as above
         raise _unreadable(path, error) from None
-    if not all(np.isfinite(array).all() for array in golden):
+    if not all(np.isfinite(array).all() for array in (inputs, outputs, *more)):
         raise UserError(f"The golden pack '{path}' holds values that are not finite: export it again.")
-    return golden
+    return Golden(inputs, outputs, tuple(more))
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
@@ -82,14 +103,14 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"The golden pack '{path}' cannot be read ({reason}): copy or export it again.")
 
 
-def _declared_shape(path: Path, archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
+def _declared_shape(path: Path, archive: zipfile.ZipFile, name: str, needed: str) -> tuple[int, ...]:
     with archive.open(name) as member:
         if np.lib.format.read_magic(member) != (1, 0):  # what numpy writes for plain arrays
             raise ValueError(f"{name} is not of npy version 1.0")
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(member)
-    size = 4 * math.prod(shape)
-    if dtype != np.float32 or fortran_order or not shape:
-        raise ValueError(f"{name} is {dtype} {shape}, not float32 in C order")
+    size = dtype.itemsize * math.prod(shape)
+    if dtype != np.dtype(needed) or fortran_order or not shape:
+        raise ValueError(f"{name} is {dtype} {shape}, not {needed} in C order")
     if size > MAX_BYTES or archive.getinfo(name).file_size > MAX_BYTES + 4096:
         raise UserError(f"The golden pack '{path}' declares {size} bytes: more than the {MAX_BYTES} that are read.")
     return shape

@@ -29,6 +29,7 @@ from .macs import INTEGER_TYPES, convolution_macs, matmul_macs
 CONVOLUTIONS = frozenset({"Convolution", "GroupConvolution"})
 MATRIX_PRODUCTS = frozenset({"FullyConnected", "MatMul"})
 FUSED = "Subgraph"
+TYPES = {"f32": "float32", "u8": "uint8"}
 CONSTANTS = frozenset({"Const", "Input", "Output"})
 
 # Operators of the file whose multiply-accumulates are not worked out here.
@@ -40,7 +41,8 @@ class OpenVinoBackend:
     """A network in OpenVINO.
 
     Args:
-        model: the .xml file, its weights in the .bin file of the same name; one float32 input of static shape.
+        model: the .xml file, its weights in the .bin file of the same name; one input, float32 or 8-bit, of static
+            shape but for the batch, and float32 outputs.
         threads: threads of one inference, on a CPU.
         device: e.g. ``"GPU"``, ``"GPU.1"``, ``"NPU"``; None is the CPU.
         cache: folder of compiled models; None keeps none.
@@ -49,26 +51,33 @@ class OpenVinoBackend:
     def __init__(self, model: Path, threads: int, device: str | None = None, cache: Path | None = None) -> None:
         openvino = require("openvino", "openvino")
         core = openvino.Core()
-        device = "CPU" if device is None else device
-        if device not in core.available_devices:
-            raise unknown_name("OpenVINO device", device, core.available_devices)
+        self._device = "CPU" if device is None else device
+        if self._device not in core.available_devices:
+            raise unknown_name("OpenVINO device", self._device, core.available_devices)
+        self._settings = _settings(self._device, threads, cache)
         try:
             self._model = core.read_model(model)
-            self._compiled = core.compile_model(self._model, device, _settings(device, threads, cache))
+            self._compiled = core.compile_model(self._model, self._device, self._settings)
         except Exception as error:  # RuntimeError mostly, but each frontend has its own
             raise cannot_load("OpenVINO", model, error) from None
         inputs, outputs = self._model.inputs, self._model.outputs
         shapes = [port.get_partial_shape() for port in (*inputs, *outputs)]
-        if [len(shape) for shape in shapes if shape.is_static] != [4, 2] or len(inputs) != 1:
+        ranks = {len(shape) for shape in shapes[1:] if shape.rank.is_static}
+        types = [TYPES.get(port.get_element_type().get_type_name()) for port in inputs]
+        batch, *sides = list(shapes[0]) if len(inputs) == 1 and len(shapes[0]) == 4 else [openvino.Dimension()]
+        if not sides or any(side.is_dynamic for side in sides) or types[0] is None or ranks not in ({2}, {4}):
             given = [str(shape) for shape in shapes]
             raise UserError(
-                f"The model '{model}' has {given}: it must have one input of 4 fixed sides and one (N, K) output."
+                f"The model '{model}' has {given}: it must have one float or uint8 input of 4 sides, fixed but for the "
+                "batch, and (N, K) or (N, C, H, W) outputs."
             )
-        self.input_shape: tuple[int, ...] = tuple(shapes[0].to_shape())
+        self.dynamic_batch: bool = batch.is_dynamic
+        number = 1 if self.dynamic_batch else batch.get_length()
+        self.input_shape: tuple[int, ...] = (number, *(side.get_length() for side in sides))
+        self.input_dtype = types[0]
         self.inputs, self.outputs = (
             tuple(
-                TensorSpec(_name(port), tuple(port.get_shape()), port.get_element_type().to_dtype().name)
-                for port in ports
+                TensorSpec(_name(port), _shape(port, number), port.get_element_type().to_dtype().name) for port in ports
             )
             for ports in (inputs, outputs)
         )
@@ -81,10 +90,18 @@ class OpenVinoBackend:
         self.close()
 
     def run(self, batch: np.ndarray) -> np.ndarray:
-        """Outputs (N, K) float32 for a batch of ``input_shape``."""
-        check_batch(batch, self.input_shape)
-        self._request.infer([batch], share_inputs=True)
+        """The first output, (N, …) float32, for a batch of ``input_shape``."""
+        self._infer(batch)
         return self._request.get_output_tensor(0).data.copy()
+
+    def run_all(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
+        """All outputs, (N, …) float32 each."""
+        self._infer(batch)
+        return tuple(tensor.data.copy() for tensor in self._request.output_tensors)
+
+    def _infer(self, batch: np.ndarray) -> None:
+        check_batch(batch, self.input_shape, self.input_dtype, self.dynamic_batch)
+        self._request.infer([batch], share_inputs=True)
 
     def close(self) -> None:
         """Free the request, the compiled model and the file's graph."""
@@ -92,10 +109,16 @@ class OpenVinoBackend:
 
     def placement(self) -> Placement:
         """What one inference executes, from the runtime graph (see the module's head)."""
-        macs_by_name, uncounted = _macs_of_file(self._model)
+        model, compiled = self._model, self._compiled
+        if self.dynamic_batch:  # the graphs show no shapes then: another network, of the artifact's batch, does
+            openvino = require("openvino", "openvino")
+            model = self._model.clone()
+            model.reshape(list(self.input_shape))
+            compiled = openvino.compile_model(model, self._device, self._settings)
+        macs_by_name, uncounted = _macs_of_file(model)
         int8_macs = total_macs = 0
         ops: Counter[str] = Counter()
-        for node in self._compiled.get_runtime_model().get_ordered_ops():
+        for node in compiled.get_runtime_model().get_ordered_ops():
             kind = _info(node, "layerType")
             if kind in CONSTANTS:
                 continue
@@ -122,6 +145,12 @@ def _settings(device: str, threads: int, cache: Path | None) -> dict[str, str]:
 
 def _name(port: Any) -> str:
     return min(port.get_names(), default=port.get_node().get_friendly_name())
+
+
+def _shape(port: Any, batch: int) -> tuple[int, ...]:
+    """The shape of an input or output, for a batch where the model takes any; the rest of it is fixed."""
+    first, *sides = port.get_partial_shape()
+    return (batch if first.is_dynamic else first.get_length(), *(side.get_length() for side in sides))
 
 
 def _info(node: Any, key: str) -> str:

@@ -24,6 +24,7 @@ from .errors import UserError, unknown_name
 from .macs import INTEGER_TYPES, convolution_macs, matmul_macs
 
 LEVELS = ort.GraphOptimizationLevel
+TYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
 
 # Operator -> positions of data and weights among its inputs.
 CONVOLUTIONS = {
@@ -54,7 +55,7 @@ QuantizeLinear DequantizeLinear"""
 
 
 CPU = "CPUExecutionProvider"
-TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}
+TENSOR_TYPES = {"tensor(float16)": "float16", **TYPES}
 
 
 class Executed(NamedTuple):
@@ -69,7 +70,7 @@ class OrtBackend:
     """A network in ONNX Runtime.
 
     Args:
-        model: the ONNX file; one float32 input of static shape, one output.
+        model: the ONNX file; one input, float32 or 8-bit, of static shape but for the batch, and float32 outputs.
         threads: intra-op threads.
         device: an execution provider; None is the CPU's. What it cannot run runs on the CPU.
         cache: not used: nothing is kept.
@@ -81,21 +82,22 @@ class OrtBackend:
         self._providers = choose_providers(device)
         self._session = self._open(_options(threads))
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        shape = inputs[0].shape if len(inputs) == 1 else []
-        if len(shape) != 4 or any(type(side) is not int for side in shape) or [len(o.shape) for o in outputs] != [2]:
-            given = [(tensor.name, tensor.shape) for tensor in (*inputs, *outputs)]
+        batch, *sides = inputs[0].shape if len(inputs) == 1 else [0]
+        ranks = {len(output.shape) for output in outputs}
+        known = inputs and inputs[0].type in TYPES
+        if len(sides) != 3 or any(type(side) is not int for side in sides) or not known or ranks not in ({2}, {4}):
+            given = [(tensor.name, tensor.shape, tensor.type) for tensor in (*inputs, *outputs)]
             raise UserError(
-                f"The model '{model}' has {given}: it must have one input of 4 fixed sides and one (N, K) output."
+                f"The model '{model}' has {given}: it must have one float or uint8 input of 4 sides, fixed but for the "
+                "batch, and (N, K) or (N, C, H, W) outputs."
             )
-        self.input_shape: tuple[int, ...] = tuple(shape)
+        self.dynamic_batch = type(batch) is not int
+        self.input_shape: tuple[int, ...] = (1 if self.dynamic_batch else batch, *sides)
+        self.input_dtype = TYPES[inputs[0].type]
         self.inputs, self.outputs = (
-            tuple(
-                TensorSpec(tensor.name, tuple(tensor.shape), TYPES.get(tensor.type or "", "other"))
-                for tensor in tensors
-            )
-            for tensors in (inputs, outputs)
+            tuple(_spec(tensor, self.input_shape[0]) for tensor in tensors) for tensors in (inputs, outputs)
         )
-        self._input, self._output = inputs[0].name, outputs[0].name
+        self._input, self._outputs = inputs[0].name, [output.name for output in outputs]
 
     def __enter__(self) -> OrtBackend:
         return self
@@ -104,9 +106,14 @@ class OrtBackend:
         self.close()
 
     def run(self, batch: np.ndarray) -> np.ndarray:
-        """Outputs (N, K) float32 for a batch of ``input_shape``."""
-        check_batch(batch, self.input_shape)
-        return np.asarray(self._session.run([self._output], {self._input: batch})[0])
+        """The first output, (N, …) float32, for a batch of ``input_shape``."""
+        check_batch(batch, self.input_shape, self.input_dtype, self.dynamic_batch)
+        return np.asarray(self._session.run(self._outputs[:1], {self._input: batch})[0])
+
+    def run_all(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
+        """All outputs, (N, …) float32 each."""
+        check_batch(batch, self.input_shape, self.input_dtype, self.dynamic_batch)
+        return tuple(map(np.asarray, self._session.run(self._outputs, {self._input: batch})))
 
     def close(self) -> None:
         """Free the session."""
@@ -137,7 +144,7 @@ class OrtBackend:
             options.profile_file_prefix = str(Path(folder) / "profile")
             options.add_session_config_entry("session.disable_prepacking", "1")
             session = self._open(options)
-            session.run([self._output], {self._input: np.zeros(self.input_shape, np.float32)})
+            session.run(self._outputs, {self._input: np.zeros(self.input_shape, self.input_dtype)})
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         return [
             Executed(args["op_name"], _tensors(args["input_type_shape"]), _tensors(args["output_type_shape"]))
@@ -157,6 +164,10 @@ def choose_providers(device: str | None) -> list[str]:
     if device is not None and device not in allowed:
         raise unknown_name("execution provider", device, allowed)
     return [*dict.fromkeys((device or CPU, CPU))]
+
+
+def _spec(tensor: Any, batch: int) -> TensorSpec:
+    return TensorSpec(tensor.name, (batch, *tensor.shape[1:]), TENSOR_TYPES.get(tensor.type or "", "other"))
 
 
 def _options(threads: int) -> ort.SessionOptions:

@@ -43,6 +43,7 @@ class Preprocess:
         interpolation: one of nearest, bilinear, bicubic, lanczos.
         mean: per channel (RGB), of values in 0..1.
         std: per channel (RGB), of values in 0..1; above 0.
+        embedded: the network scales and normalizes by itself, so that it takes the crop in 8 bits.
     """
 
     resize_px: int
@@ -50,6 +51,7 @@ class Preprocess:
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    embedded: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.crop_px <= self.resize_px <= MAX_PX:
@@ -62,6 +64,17 @@ class Preprocess:
         if not all(value > 0 for value in self.std):
             raise UserError(f"Cannot normalize by std {self.std}: every value must be above 0.")
 
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape of one input of the network: (3, crop_px, crop_px), or (crop_px, crop_px, 3) where ``embedded``."""
+        side = self.crop_px
+        return (side, side, 3) if self.embedded else (3, side, side)
+
+    @property
+    def input_dtype(self) -> str:
+        """Type of the input: ``"float32"``, or ``"uint8"`` where ``embedded``."""
+        return "uint8" if self.embedded else "float32"
+
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """Preprocess one image.
 
@@ -69,22 +82,33 @@ class Preprocess:
             image: (H, W, 3) uint8 RGB.
 
         Returns:
-            (3, crop_px, crop_px) float32, C-contiguous.
+            ``input_shape`` of ``input_dtype``, C-contiguous.
         """
+        crop = self.crop(image)
+        return crop if self.embedded else self.normalize(crop[None])[0]
+
+    def crop(self, image: np.ndarray) -> np.ndarray:
+        """Resize and crop one image: (H, W, 3) uint8 -> (crop_px, crop_px, 3) uint8, C-contiguous."""
         height, width = image.shape[:2]
         size = resized_size(width, height, self.resize_px)
         if size != (width, height):
             image = np.asarray(Image.fromarray(image).resize(size, INTERPOLATIONS[self.interpolation]))
         left, top = (round((side - self.crop_px) / 2) for side in size)
-        crop = image[top : top + self.crop_px, left : left + self.crop_px]
-        scaled = crop.transpose(2, 0, 1).astype(np.float32, order="C") / np.float32(255)
+        return np.ascontiguousarray(image[top : top + self.crop_px, left : left + self.crop_px])
+
+    def normalize(self, crops: np.ndarray) -> np.ndarray:
+        """Scale and normalize crops: (N, H, W, 3) uint8 -> (N, 3, H, W) float32, C-contiguous."""
+        scaled = crops.transpose(0, 3, 1, 2).astype(np.float32, order="C") / np.float32(255)
         mean = np.array(self.mean, dtype=np.float32)[:, None, None]
         std = np.array(self.std, dtype=np.float32)[:, None, None]
         return (scaled - mean) / std
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that :meth:`from_json` reads."""
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        value = {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        if not self.embedded:
+            del value["embedded"]
+        return value
 
     @classmethod
     def from_json(cls, value: object, what: str = "preprocess") -> Preprocess:
@@ -105,6 +129,7 @@ class Preprocess:
             interpolation=fields.choice("interpolation", INTERPOLATIONS),
             mean=(mean[0], mean[1], mean[2]),
             std=(std[0], std[1], std[2]),
+            embedded=fields.flag("embedded", False),
         )
 
 

@@ -86,7 +86,7 @@ class TensorRtBackend:
 
     def run_all(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
         """All outputs, float32, in the engine's order."""
-        check_batch(batch, self.input_shape)
+        check_batch(batch, self.input_shape, self.input_dtype)
         self._gpu.upload(self._addresses[self.inputs[0].name], np.ascontiguousarray(batch))
         if not self._context.execute_async_v3(self._gpu.stream):
             raise RuntimeError("; ".join(take_messages(self._trt)) or "TensorRT could not run the engine")

@@ -14,7 +14,7 @@ import numpy as np
 
 from .backend import Placement, TensorSpec, check_batch
 from .errors import require, unknown_name
-from .torch_model import load_model
+from .torch_model import ModelSpec, build_model, load_model
 
 
 class TorchBackend:
@@ -33,10 +33,12 @@ class TorchBackend:
         torch = require("torch", "train")
         self._device = choose_device(device)
         network, spec = load_model(model.parent, model.stem)
-        self.input_shape: tuple[int, ...] = (1, 3, spec.input_px, spec.input_px)
-        outputs = ("logits", spec.num_classes) if spec.num_classes else ("features", spec.feature_dim)
-        self.inputs = (TensorSpec("image", self.input_shape),)
-        self.outputs = (TensorSpec(outputs[0], (1, outputs[1])),)
+        self._preprocess = spec.preprocess
+        self.input_shape: tuple[int, ...] = (1, *spec.preprocess.input_shape)
+        self.input_dtype = spec.preprocess.input_dtype
+        self.dynamic_batch = False
+        self.inputs = (TensorSpec("image", self.input_shape, self.input_dtype),)
+        self.outputs = _output_specs(spec)
         self._network = network.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(threads)
@@ -48,13 +50,19 @@ class TorchBackend:
         self.close()
 
     def run(self, batch: np.ndarray) -> np.ndarray:
-        """Outputs (N, K) float32 for a batch of ``input_shape``."""
+        """The first output, (1, …) float32, for a batch of ``input_shape``."""
+        return self.run_all(batch)[0]
+
+    def run_all(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
+        """All outputs, (1, …) float32 each."""
         import torch
 
-        check_batch(batch, self.input_shape)
+        check_batch(batch, self.input_shape, self.input_dtype)
+        floats = self._preprocess.normalize(batch) if self._preprocess.embedded else batch
         with torch.inference_mode():
-            images = torch.from_numpy(batch).to(self._device).contiguous(memory_format=torch.channels_last)
-            return self._network(images).cpu().numpy()
+            images = torch.from_numpy(floats).to(self._device).contiguous(memory_format=torch.channels_last)
+            outputs = self._network(images)
+            return tuple(output.cpu().numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,)))
 
     def close(self) -> None:
         """Free the network and give the process its threads back."""
@@ -83,7 +91,8 @@ class TorchBackend:
                     macs += flop_registry[packet](*args, **(kwargs or {}), out_val=result) // 2
                 return result
 
-        batch = torch.zeros(self.input_shape, device=self._device).contiguous(memory_format=torch.channels_last)
+        side = self._preprocess.crop_px
+        batch = torch.zeros(1, 3, side, side, device=self._device).contiguous(memory_format=torch.channels_last)
         # The plain attention is two matrix products that the formulas know; the fused one for CPUs is not among them.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), Count():
             self._network(batch)
@@ -104,3 +113,17 @@ def choose_device(device: str | None) -> str:
     if device is not None and device not in allowed:
         raise unknown_name("torch device", device, allowed)
     return device or "cpu"
+
+
+def _output_specs(spec: ModelSpec) -> tuple[TensorSpec, ...]:
+    """The outputs; of feature maps their shapes, without the memory of a run."""
+    import torch
+
+    if not spec.strides:
+        name, size = ("logits", spec.num_classes) if spec.num_classes else ("features", spec.feature_dim)
+        return (TensorSpec(name, (1, size)),)
+    with torch.device("meta"), torch.inference_mode():
+        maps = build_model(spec)(torch.zeros(1, 3, spec.input_px, spec.input_px))
+    return tuple(
+        TensorSpec(f"stride{stride}", tuple(output.shape)) for stride, output in zip(spec.strides, maps, strict=True)
+    )

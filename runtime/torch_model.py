@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, require
+from .feature_maps import take_feature_maps
 from .fields import Fields
 from .files import atomic_file, read_json, sha256_file, write_json
 from .preprocess import MAX_PX, Preprocess
@@ -59,6 +60,7 @@ class ModelSpec:
         preprocess: from an image to the network's input.
         input_px: side of the square input; equal to ``preprocess.crop_px``.
         trained: free-form facts of how it was trained, as JSON; no time and no path.
+        strides: of the feature maps that the network gives, rising; () where it gives one vector.
     """
 
     timm_name: str
@@ -69,6 +71,7 @@ class ModelSpec:
     preprocess: Preprocess
     input_px: int
     trained: dict[str, Any] = field(default_factory=dict)
+    strides: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w+(\.\w+)?", self.timm_name, re.ASCII):
@@ -79,6 +82,8 @@ class ModelSpec:
         object.__setattr__(self, "timm_args", {key: _plain(key, value) for key, value in self.timm_args.items()})
         if self.labels and len(self.labels) != self.num_classes:
             raise UserError(f"The network has {self.num_classes} classes but {len(self.labels)} labels.")
+        if list(self.strides) != sorted(set(self.strides)) or (self.strides and self.num_classes):
+            raise UserError(f"The strides {self.strides} of feature maps must rise, and leave no classifier.")
         if self.input_px != self.preprocess.crop_px:
             raise UserError(
                 f"The network takes {self.input_px} px but images are cropped to {self.preprocess.crop_px}."
@@ -86,6 +91,7 @@ class ModelSpec:
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that :meth:`from_json` reads."""
+        strides = {"strides": list(self.strides)} if self.strides else {}
         return {
             "schema": SCHEMA,
             "timm_name": self.timm_name,
@@ -96,6 +102,7 @@ class ModelSpec:
             "preprocess": self.preprocess.to_json(),
             "input_px": self.input_px,
             "trained": self.trained,
+            **strides,
         }
 
     @classmethod
@@ -120,6 +127,7 @@ class ModelSpec:
             preprocess=Preprocess.from_json(fields.object("preprocess"), f"{what}, preprocess"),
             input_px=fields.integer("input_px", 1, MAX_PX),
             trained=fields.object("trained"),
+            strides=fields.integers("strides", 1, MAX_PX, range(1, 17)) if "strides" in fields.value else (),
         )
 
 
@@ -161,7 +169,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
     feature_dim = getattr(model, "head_hidden_size", None) or model.num_features
     if feature_dim != spec.feature_dim:
         raise UserError(f"The network '{spec.timm_name}' has {feature_dim} features, its spec says {spec.feature_dim}.")
-    return model.eval()
+    return take_feature_maps(model.eval(), spec.strides) if spec.strides else model.eval()
 
 
 def save_model(folder: Path, stem: str, model: nn.Module, spec: ModelSpec) -> None:

@@ -100,7 +100,7 @@ def keep_some(whole: Path, out: Path) -> None:
         name=artifact.name,
         kind=artifact.kind,
         input_shape=artifact.input_shape,
-        output_shape=artifact.output_shape,
+        outputs=artifact.outputs,
         preprocess=artifact.preprocess,
         labels=artifact.labels,
         models={name: artifact.manifest["variants"][name]["model"] for name in VARIANTS},

@@ -5,9 +5,10 @@ import pytest
 from midge.export.quantize import DIALECTS
 from midge.export.targets import TARGETS, select_variants
 from midge.export.writers import WRITERS
-from midge.runtime.artifact import REFERENCE, VARIANT_NAME, variant_runtime
+from midge.runtime.artifact import REFERENCE, variant_runtime
 from midge.runtime.backend import BACKENDS
 from midge.runtime.errors import UserError
+from midge.runtime.manifest import VARIANT_NAME
 
 ALL_TARGETS = ", ".join(sorted(TARGETS))
 PRECISIONS = ", ".join(sorted({precision for table in TARGETS.values() for precision in table}))

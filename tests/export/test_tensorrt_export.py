@@ -11,9 +11,10 @@ import pytest
 
 from midge.export.config import ExportConfig, VerifyConfig
 from midge.export.export import export_run
+from midge.export.half_precision import float16_graph
 from midge.export.onnx_export import export_onnx, save_onnx
 from midge.export.prepare import prepare
-from midge.export.tensorrt_export import check_build, float16_graph, note_builds, save_tensorrt
+from midge.export.tensorrt_export import check_build, note_builds, save_tensorrt
 from midge.export.verify import verify
 from midge.runtime.artifact import Artifact, Variant, load_artifact
 from midge.runtime.backend import open_backend, predict

@@ -271,7 +271,7 @@ def write_artifact(folder: Path, golden_error: float = 0.0, kind: str = "classif
         "name": folder.name,
         "kind": kind,
         "input_shape": (1, 3, PX, PX),
-        "output_shape": (1, 3),
+        "outputs": {"logits": (1, 3)},
         "preprocess": preprocess,
         "labels": COLOURS,
         "models": models,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from midge.runtime.artifact import Artifact, load_artifact, variant_runtime, write_manifest
 from midge.runtime.errors import UserError
+from midge.runtime.files import sha256_file
 from midge.runtime.golden import load_golden, write_golden
 from midge.runtime.preprocess import Preprocess
 
@@ -32,7 +33,7 @@ def write_artifact(folder: Path) -> None:
         name="tiny",
         kind="classifier",
         input_shape=(1, 3, 8, 8),
-        output_shape=(1, 2),
+        outputs={"logits": (1, 2)},
         preprocess=Preprocess(8, 8),
         labels=["a", "b"],
         models={"onnx-fp32": "onnx-fp32/model.onnx", "torch-fp32": "torch-fp32/model.safetensors"},
@@ -51,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
 def change(folder: Path, path: str, value: Any) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     node = manifest
-    *parents, last = path.split("|")
+    *parents, last = (int(key) if key.isdigit() else key for key in path.split("|"))
     for key in parents:
         node = node[key]
     node[last] = value
@@ -170,14 +171,24 @@ def test_artifact_reached_through_a_link_is_fine(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("schema", 2, "has schema 2, this midge reads up to 1: install a newer midge"),
+        ("schema", 3, "has schema 3, this midge reads up to 2: install a newer midge"),
         ("name", "../up", "has 'name': '../up', which must be letters"),
-        ("kind", "detector", "one of classifier, embedding"),
+        ("kind", "detector", "one of classifier, embedding, features"),
         ("input|shape", [1, 3, 8, 9], "'input'"),
         ("input|shape", [1, 3, 9, 9], r"\[batch, 3, 8, 8\]"),
         ("input|shape", [1, 3, 8], "4 integers"),
         ("input|dtype", "float64", "one of float32"),
-        ("output|shape", [2, 2], "batch is 1"),
+        ("input|layout", "NHWC", "one of NCHW"),
+        ("preprocess|embedded", 1, "'embedded': 1, which must be true or false"),
+        ("preprocess|embedded", True, r"\[batch, 8, 8, 3\]"),
+        ("outputs|0|shape", [2, 2], "batch is 1"),
+        ("outputs|0|shape", [1, 2, 1, 1], "a list of 2 integers"),
+        ("outputs|0|shape", [1, 3], "one name for each of the 3 outputs"),
+        ("outputs", [], "a list of 1 to 16 JSON objects"),
+        ("outputs", [{"name": "a", "shape": [1, 2]}] * 2, "one output, as the kind is classifier"),
+        ("outputs", [5], "outputs 0 must be a JSON object"),
+        ("kind", "features", "a list of 4 integers"),
+        ("variants|onnx-fp32|dynamic_batch", "yes", "'dynamic_batch': 'yes', which must be true or false"),
         ("labels", ["a"], "one name for each of the 2 outputs"),
         ("variants", {}, "holds 0 variants"),
         ("variants|onnx", {}, "has the name 'onnx'"),
@@ -193,6 +204,90 @@ def test_each_field_is_checked(folder: Path, path: str, value: Any, message: str
     with pytest.raises(UserError, match=message) as caught:
         load_artifact(folder)
     assert "\n" not in str(caught.value)
+
+
+def write_features(folder: Path, **changes: Any) -> None:
+    """An artifact that takes 8-bit images and gives two maps."""
+    (folder / "onnx-fp32").mkdir(parents=True)
+    (folder / "onnx-fp32/model.onnx").write_bytes(b"graph")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    write_golden(folder / "golden.npz", images, rng.normal(size=(5, 4, 2, 2)), rng.normal(size=(5, 6, 1, 1)))
+    fields: dict[str, Any] = {
+        "name": "maps",
+        "kind": "features",
+        "input_shape": (1, 8, 8, 3),
+        "outputs": {"stride4": (1, 4, 2, 2), "stride8": (1, 6, 1, 1)},
+        "preprocess": Preprocess(8, 8, embedded=True),
+        "labels": [],
+        "models": {"onnx-fp32": "onnx-fp32/model.onnx"},
+        "notes": {},
+        "origin": {},
+        "tools": {},
+        "dynamic_batch": ["onnx-fp32"],
+    }
+    write_manifest(folder, **{**fields, **changes})
+
+
+def test_several_outputs_and_8_bit_images(tmp_path: Path) -> None:
+    write_features(tmp_path)
+    artifact = load_artifact(tmp_path)
+    assert (artifact.input_shape, artifact.input_dtype) == ((1, 8, 8, 3), "uint8")
+    assert list(artifact.outputs.items()) == [("stride4", (1, 4, 2, 2)), ("stride8", (1, 6, 1, 1))]
+    assert (artifact.output_name, artifact.output_shape) == ("stride4", (1, 4, 2, 2))
+    assert artifact.variants["onnx-fp32"].dynamic_batch
+    golden = artifact.read_golden()
+    assert (golden.inputs.dtype, golden.outputs.shape) == (np.uint8, (5, 4, 2, 2))
+    assert [output.shape for output in golden.more] == [(5, 6, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"labels": ["a"] * 4}, "one name for each of the 0 outputs, or empty"),
+        ({"outputs": {"stride4": (1, 4, 2, 2)}}, "holds .*outputs_1.npy.*, not the arrays inputs and outputs"),
+        ({"outputs": {"a": (1, 4, 2, 2), "b": (1, 6, 1, 2)}}, r"gives \(N, 4, 2, 2\) and \(N, 6, 1, 2\)"),
+        ({"outputs": {"a": (1, 4, 2, 2), "b": (2, 6, 1, 1)}}, r"outputs 1 has 'shape': \[2, 6, 1, 1\]"),
+        ({"preprocess": Preprocess(8, 8)}, r"'input': \[1, 8, 8, 3\]"),
+        ({"kind": "embedding"}, "one output, as the kind is embedding"),
+    ],
+)
+def test_what_does_not_go_together(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        write_features(tmp_path, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_output_name_that_comes_twice(tmp_path: Path) -> None:
+    write_features(tmp_path)
+    change(tmp_path, "outputs|1|name", "stride4")
+    with pytest.raises(UserError, match="of different names"):
+        load_artifact(tmp_path)
+
+
+def test_a_golden_pack_of_other_numbers_than_the_input(tmp_path: Path) -> None:
+    write_features(tmp_path)
+    arrays = [np.zeros((5, 8, 8, 3), np.float32), np.zeros((5, 4, 2, 2)), np.zeros((5, 6, 1, 1))]
+    write_golden(tmp_path / "golden.npz", *arrays)
+    with pytest.raises(UserError, match=r"inputs.npy is float32 .*, not uint8 in C order"):
+        write_manifest_again(tmp_path)
+
+
+def write_manifest_again(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    golden = folder / "golden.npz"
+    manifest["golden"] = {"path": "golden.npz", "sha256": sha256_file(golden), "size_bytes": golden.stat().st_size}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    load_artifact(folder)
+
+
+def test_schema_1_had_one_output(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["schema"] = 1
+    (manifest["output"],) = manifest.pop("outputs")
+    del manifest["input"]["layout"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert load_artifact(folder).outputs == {"logits": (1, 2)}
 
 
 def test_no_artifact(tmp_path: Path) -> None:
@@ -217,7 +312,7 @@ def test_variant_runtime() -> None:
         "onnxruntime",
         "openvino",
     ]
-    with pytest.raises(UserError, match="Unknown target 'coreml': choose one of onnx, openvino, torch"):
+    with pytest.raises(UserError, match="Unknown target 'coreml': choose one of onnx, openvino, tensorrt, torch"):
         variant_runtime("coreml-fp16")
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -233,16 +235,99 @@ def test_damaged_models_are_one_line(small: dict[str, Variant], runtime: str, sa
         assert str(model) in str(caught.value)
 
 
-def test_models_of_another_form_are_refused(small_onnx: Path) -> None:
+def rewrite(path: Path, change: Callable[[Any], None]) -> None:
     import onnx
 
-    for side in (0, 2):
-        model = onnx.load(small_onnx)
-        dim = model.graph.input[0].type.tensor_type.shape.dim[side]
-        dim.dim_param = "n"
-        onnx.save(model, small_onnx)
-        with pytest.raises(UserError, match="one input of 4 fixed sides"):
-            open_backend(variant("onnx-fp32", small_onnx))
+    model = onnx.load(path)
+    change(model.graph)
+    onnx.save(model, path)
+
+
+def free_side(graph: Any, side: int) -> None:
+    graph.input[0].type.tensor_type.shape.dim[side].dim_param = "n"
+
+
+def as_openvino(onnx_path: Path) -> Variant:
+    import openvino
+
+    path = onnx_path.with_suffix(".xml")
+    openvino.save_model(openvino.Core().read_model(onnx_path), path, compress_to_fp16=False)
+    return variant("openvino-fp32", path)
+
+
+def with_another_input(graph: Any) -> None:
+    graph.input.append(graph.input[0])
+    graph.input[1].name = "more"
+
+
+def of_doubles(graph: Any) -> None:
+    graph.input[0].type.tensor_type.elem_type = 11
+    graph.node[0].op_type, graph.node[1].op_type = "Identity", "Identity"
+    del graph.node[0].input[1:], graph.node[0].attribute[:], graph.node[1:]
+    graph.node[0].output[0] = graph.output[0].name
+    graph.output[0].CopyFrom(graph.input[0])
+    graph.output[0].name = "logits"
+
+
+@pytest.mark.parametrize(
+    "change", [lambda graph: free_side(graph, 2), with_another_input, of_doubles], ids=["side", "inputs", "doubles"]
+)
+def test_models_of_another_form_are_refused(small_onnx: Path, change: Callable[[Any], None]) -> None:
+    rewrite(small_onnx, change)
+    for exported in (variant("onnx-fp32", small_onnx), as_openvino(small_onnx)):
+        with pytest.raises(UserError, match="one float or uint8 input of 4 sides, fixed but for the batch") as caught:
+            open_backend(exported)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_batches_of_any_number_are_still_checked(small_onnx: Path, runtime: str) -> None:
+    rewrite(small_onnx, lambda graph: free_side(graph, 0))
+    rewrite(small_onnx, lambda graph: graph.output[0].type.tensor_type.shape.dim[0].__setattr__("dim_param", "n"))
+    exported = variant("onnx-fp32", small_onnx) if runtime == "onnxruntime" else as_openvino(small_onnx)
+    images = np.random.default_rng(0).normal(size=(5, 3, 8, 8)).astype(np.float32)
+    with open_backend(exported) as backend:
+        assert (backend.input_shape, backend.dynamic_batch) == ((1, 3, 8, 8), True)
+        np.testing.assert_allclose(backend.run(images), predict(backend, images), rtol=1e-5, atol=1e-6)
+        assert [output.shape for output in backend.run_all(images[:2])] == [(2, 4)]
+        assert backend.placement().total_macs == 8 * 8 * 4 * 27
+        for wrong in (images[:0], images[0], images[..., :7], images.astype(np.float64), np.repeat(images, 300, 0)):
+            with pytest.raises(ValueError, match=r"the network takes \(1..1024, 3, 8, 8\) float32"):
+                backend.run(wrong)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "torch"])
+def test_several_outputs_of_8_bit_images(small_onnx: Path, tmp_path: Path, runtime: str) -> None:
+    """The mean of the maps is the other output, so that each is known from the other."""
+
+    def widen(graph: Any) -> None:
+        from onnx import TensorProto, helper
+
+        graph.input[0].CopyFrom(helper.make_tensor_value_info("image", TensorProto.UINT8, [1, 8, 8, 3]))
+        graph.node.insert(0, helper.make_node("Cast", ["image"], ["floats"], to=1))
+        graph.node.insert(1, helper.make_node("Transpose", ["floats"], ["planes"], perm=[0, 3, 1, 2]))
+        graph.node[2].input[0] = "planes"
+        graph.output[0].CopyFrom(helper.make_tensor_value_info("maps", TensorProto.FLOAT, [1, 4, 8, 8]))
+        graph.output.append(helper.make_tensor_value_info("means", TensorProto.FLOAT, [1, 4, 1, 1]))
+        graph.node[3].output[0] = "means"
+        graph.node[3].attribute[1].i = 1
+
+    if runtime == "torch":
+        spec = dataclasses.replace(SPECS["resnet18"], preprocess=Preprocess(PX, PX, embedded=True))
+        save_model(tmp_path, "embedded", build_model(spec), spec)
+        exported = variant("torch-fp32", tmp_path / "embedded.safetensors")
+    else:
+        rewrite(small_onnx, widen)
+        exported = variant("onnx-fp32", small_onnx) if runtime == "onnxruntime" else as_openvino(small_onnx)
+    with open_backend(exported) as backend:
+        assert backend.input_dtype == "uint8"
+        image = np.random.default_rng(0).integers(0, 256, backend.input_shape, dtype=np.uint8)
+        outputs = backend.run_all(image)
+        np.testing.assert_array_equal(backend.run(image), outputs[0])
+        if runtime != "torch":
+            np.testing.assert_allclose(outputs[0].mean(axis=(2, 3), keepdims=True), outputs[1], rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match="uint8"):
+            backend.run(image.astype(np.float32))
 
 
 def test_check_batch_names_both() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -84,3 +85,16 @@ def test_missing_field_and_no_object_are_refused() -> None:
         Preprocess.from_json(value)
     with pytest.raises(UserError, match="must be a JSON object, not a list"):
         Preprocess.from_json([])
+
+
+def test_embedded_gives_the_crop_of_which_the_rest_is_the_same() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (30, 41, 3), dtype=np.uint8)
+    plain = Preprocess(20, 16)
+    embedded = dataclasses.replace(plain, embedded=True)
+    crop = embedded(image)
+    assert (crop.shape, crop.dtype, crop.flags.c_contiguous) == ((16, 16, 3), np.uint8, True)
+    assert (embedded.input_shape, embedded.input_dtype) == ((16, 16, 3), "uint8")
+    assert (plain.input_shape, plain.input_dtype) == ((3, 16, 16), "float32")
+    np.testing.assert_array_equal(embedded.normalize(crop[None])[0], plain(image))
+    assert Preprocess.from_json(embedded.to_json()) == embedded
+    assert "embedded" not in plain.to_json()

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..runtime import coreml_backend
 from ..runtime.artifact import REFERENCE, RUNTIMES, Artifact, load_artifact, variant_runtime
 from ..runtime.backend import (
     DEFAULTS,
@@ -77,6 +78,8 @@ def verify(config: VerifyConfig) -> int:
     names, skipped = runnable(artifact, config.variants)
     for name, reason in skipped.items():
         say(f"Skipped {name}: {reason}.")
+    if not coreml_backend.NATIVE and any(variant_runtime(name) == "coreml" for name in names):
+        say("Core ML is on macOS only: its programs run in the reference interpreter, which proves what they compute.")
     if not names:
         raise UserError(f"No variant of '{config.artifact}' can run here: {'; '.join(skipped.values())}.")
     with contextlib.ExitStack() as stack:

@@ -6,7 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-RUNTIME_NAMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt": "TensorRT"}
+RUNTIME_NAMES = {
+    "torch": "PyTorch",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "tensorrt": "TensorRT",
+    "coreml": "Core ML",
+}
 
 
 def runtime_name(runtime: str) -> str:

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
+from ..runtime import coreml_backend
 from ..runtime.artifact import RUNTIMES, Artifact, load_artifact, variant_runtime
 from ..runtime.backend import PACKAGES, missing_packages, why_not_on_this_machine
 from ..runtime.errors import UserError, unknown_name
@@ -130,6 +131,8 @@ def why_not_here(variant: str) -> str | None:
     if variant.partition("-")[0] not in RUNTIMES:
         return "this midge knows no runtime for it"
     runtime = variant_runtime(variant)
+    if runtime == "coreml" and not coreml_backend.NATIVE:
+        return "Core ML runs on macOS only, and the reference interpreter's time is not its"
     missing = missing_packages(runtime)
     if missing:
         return f"{missing[0]} is not installed (pip install 'midge[{PACKAGES[runtime][1]}]')"

@@ -33,6 +33,7 @@ RUNTIMES = {
     "onnx": "onnxruntime",
     "openvino": "openvino",
     "tensorrt": "tensorrt",
+    "coreml": "coreml",
 }
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)  # becomes part of the paths of records

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,6 +119,7 @@ BACKENDS = {
     "openvino": "openvino_backend:OpenVinoBackend",
     "tensorrt": "tensorrt_backend:TensorRtBackend",
     "torch": "torch_backend:TorchBackend",
+    "coreml": "coreml_backend:CoreMlBackend",
 }
 
 # Runtime -> its packages in the order of import, and the extra that brings them.
@@ -126,6 +128,7 @@ PACKAGES = {
     "openvino": (("openvino",), "openvino"),
     "tensorrt": (("tensorrt",), "tensorrt"),
     "torch": (("torch", "timm", "safetensors"), "train"),
+    "coreml": (("coremltools" if sys.platform == "darwin" else "numpy",), "coreml"),  # elsewhere it is interpreted
 }
 
 # Package -> another that does as well.

@@ -27,7 +27,7 @@ class Variant:
 
     Attributes:
         name: ``<target>-<precision>``, e.g. ``"onnx-int8-u8"``.
-        model: absolute path of the file that the runtime loads.
+        model: absolute path of the file or folder that the runtime loads.
         size_bytes: size of all its files.
         sha256: of the list of its files, each with its own hash.
         note: what a reader should know about it; may be empty.
@@ -91,10 +91,14 @@ def _variant(folder: Path, name: str, fields: Fields) -> Variant:
     if len(files.value) > MAX_FILES:
         raise UserError(f"The {files.what} names {len(files.value)} files: at most {MAX_FILES} are allowed.")
     model = fields.text("model")
-    if model not in files.value:
-        raise fields.wrong("model", model, "one of its files")
+    inside = [path for path in files.value if path.startswith(f"{model}/")]
+    if model not in files.value and not inside:
+        raise fields.wrong("model", model, "one of its files, or a folder of them")
     for path in files.value:
         checked_file(folder, path, files.fields(path))
+    for path in (folder.resolve() / model).rglob("*") if inside else ():
+        if not path.is_dir() and path.relative_to(folder.resolve()).as_posix() not in inside:
+            raise UserError(f"The artifact holds '{path}', which its manifest does not name: copy it again.")
     return Variant(
         name=name,
         model=folder.resolve() / model,

@@ -194,10 +194,10 @@ def test_no_variant_can_run(artifact_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_variant_of_an_unknown_target_is_skipped(changed_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = json.loads((changed_artifact / "manifest.json").read_text())
-    manifest["variants"]["coreml-int8"] = manifest["variants"]["onnx-fp32"]
+    manifest["variants"]["tflite-int8"] = manifest["variants"]["onnx-fp32"]
     (changed_artifact / "manifest.json").write_text(json.dumps(manifest))
     assert verify(VerifyConfig(changed_artifact, json=True)) == 0
-    assert result(capsys)["skipped"] == {"coreml-int8": "this midge knows no runtime for it"}
+    assert result(capsys)["skipped"] == {"tflite-int8": "this midge knows no runtime for it"}
 
 
 def test_the_base_install_is_enough(artifact_path: Path) -> None:

@@ -314,6 +314,6 @@ def test_the_reasons_for_which_a_record_is_invalid(tiny_artifact: Path) -> None:
 
 def test_every_variant_has_a_runtime_or_a_reason() -> None:
     assert why_not_here("onnx-fp32") is None
-    assert why_not_here("coreml-fp16") == "this midge knows no runtime for it"
+    assert why_not_here("tflite-fp16") == "this midge knows no runtime for it"
     if gpu := why_no_gpu():
         assert why_not_here("tensorrt-fp32") in {gpu, "tensorrt is not installed (pip install 'midge[tensorrt]')"}

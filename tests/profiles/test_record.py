@@ -82,7 +82,7 @@ def test_existing_records_are_refused_until_told(tmp_path: Path) -> None:
         (("artifact", "name"), "../../x", "'name': '../../x'"),
         (("artifact", "name"), "a\x1b[2J", r"a\\x1b"),
         (("variant",), "ONNX", "must be a name"),
-        (("variant",), "coreml-fp16", "Unknown target 'coreml'"),
+        (("variant",), "tflite-fp16", "Unknown target 'tflite'"),
         (("runtime",), "torch", "must be one of onnxruntime"),
         (("threads",), True, "an integer in 1..1024"),
         (("device", "fingerprint"), "x", "64 lower-case hexadecimal"),

@@ -312,8 +312,8 @@ def test_variant_runtime() -> None:
         "onnxruntime",
         "openvino",
     ]
-    with pytest.raises(UserError, match="Unknown target 'coreml': choose one of onnx, openvino, tensorrt, torch"):
-        variant_runtime("coreml-fp16")
+    with pytest.raises(UserError, match="Unknown target 'tflite': choose one of coreml, onnx, openvino, tensorrt, torch"):
+        variant_runtime("tflite-fp16")
 
 
 def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

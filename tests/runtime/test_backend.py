@@ -379,8 +379,8 @@ def test_share_is_null_where_it_is_not_known() -> None:
 
 
 def test_unknown_target() -> None:
-    with pytest.raises(UserError, match="Unknown target 'coreml': choose one of onnx, openvino, tensorrt, torch"):
-        open_backend(variant("coreml-int8", Path("x")))
+    with pytest.raises(UserError, match="Unknown target 'tflite': choose one of coreml, onnx, openvino, tensorrt, torch"):
+        open_backend(variant("tflite-int8", Path("x")))
 
 
 def test_importing_the_runtime_imports_no_heavy_package() -> None:

@@ -43,7 +43,7 @@ class ExportConfig:
     """Artifact folder to write: manifest.json, golden.npz, calibration.json, one folder per variant."""
 
     targets: tuple[str, ...] = ("onnx", "openvino")
-    """Runtimes to export for: onnx, openvino, tensorrt. The torch reference is always written."""
+    """Runtimes to export for: onnx, openvino, tensorrt, coreml. The torch reference is always written."""
 
     precision: tuple[str, ...] = ("fp32", "int8")
     """Precisions: fp32, fp16, int8. INT8 for ONNX is written in dialects: u8 (CPUs), s8 (TensorRT) and, for a network

@@ -35,8 +35,8 @@ from .tensorrt_export import CHECKER, note_builds
 from .writers import WRITERS, Source, check_packages, suited
 
 TOOLS = ("torch", "timm", "onnx", "onnxscript", "onnxslim", "onnxruntime", "numpy", "pillow")
-OPENVINO_TOOLS = ("openvino", "nncf")
 GRAPH_TARGETS = ("onnx", "openvino")  # whose variants are made from the ONNX graph as it is delivered
+TARGET_TOOLS = {"openvino": ("openvino", "nncf"), "coreml": ("coremltools",)}
 
 
 def export_run(config: ExportConfig) -> int:
@@ -187,7 +187,8 @@ def describe_origin(subject: Subject, samples: Samples) -> dict[str, Any]:
 
 def tool_versions(variants: Sequence[str]) -> dict[str, str]:
     """Versions of the packages that made an artifact."""
-    tools = [*TOOLS, *(OPENVINO_TOOLS if any(variant.startswith("openvino") for variant in variants) else ())]
+    targets = dict.fromkeys(variant.partition("-")[0] for variant in variants)
+    tools = [*TOOLS, *(tool for target in targets for tool in TARGET_TOOLS.get(target, ()))]
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in tools}}
 
 

@@ -17,6 +17,7 @@ TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "openvino": {"fp32": ("openvino-fp32",), "fp16": ("openvino-fp16",), "int8": ("openvino-int8",)},
     "tensorrt": {"fp32": ("tensorrt-fp32",), "fp16": ("tensorrt-fp16",), "int8": ("tensorrt-int8",)},
+    "coreml": {"fp16": ("coreml-fp16",), "int8": ("coreml-int8",)},
 }
 
 
@@ -24,7 +25,7 @@ def select_variants(targets: Sequence[str], precisions: Sequence[str]) -> tuple[
     """The variants of some targets in some precisions, in the table's order, each once.
 
     Raises:
-        UserError: a name is not in the table, or no name is given.
+        UserError: a name is not in the table, no name is given, or a target has none of the precisions.
     """
     for target in targets:
         if target not in TARGETS:
@@ -36,6 +37,10 @@ def select_variants(targets: Sequence[str], precisions: Sequence[str]) -> tuple[
     if not targets or not precisions:
         flag, allowed = ("--precision", known) if targets else ("--targets", TARGETS)
         raise UserError(f"{flag} names nothing: give one or more of {', '.join(sorted(allowed))}.")
+    for target in targets:
+        if not TARGETS[target].keys() & set(precisions):
+            allowed = ", ".join(sorted(TARGETS[target]))
+            raise UserError(f"The target '{target}' has no {' or '.join(precisions)}: give --precision {allowed}.")
     return tuple(
         variant
         for target, table in TARGETS.items()

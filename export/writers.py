@@ -17,6 +17,8 @@ from ..runtime.artifact import REFERENCE
 from ..runtime.errors import require
 from ..runtime.progress import say
 from ..runtime.torch_model import ModelSpec, save_model
+from .coreml_export import convert_coreml, import_coremltools, save_coreml
+from .coreml_int8 import quantize_coreml
 from .delivery import Delivery
 from .half_precision import float16_graph
 from .onnx_export import save_onnx
@@ -24,6 +26,7 @@ from .openvino_export import import_nncf, quantize_openvino, save_openvino
 from .prepare import Prepared
 from .quantize import DIALECTS, DYNAMIC, is_transformer, quantize_dynamic
 from .tensorrt_export import save_tensorrt
+from .weights import load_weights
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -57,6 +60,11 @@ class Source:
     def save(self, graph: ModelProto, path: Path) -> None:
         """Write an ONNX variant."""
         save_onnx(self.delivery.of_onnx(graph), path)
+
+    @property
+    def output_name(self) -> str:
+        """Name of the network's output, the same in every format."""
+        return self.graph.graph.output[0].name
 
 
 @dataclass(frozen=True)
@@ -164,9 +172,22 @@ def write_tensorrt_int8(source: Source, path: Path) -> None:
     save_tensorrt(source.delivery.of_onnx(prepared(source).quantize("onnx-int8-s8")), path, "int8")
 
 
-ENGINE_NOTE = "The engine is built on the device, by recipe.json."
+def write_coreml(source: Source, path: Path) -> None:
+    """``coreml-fp16``: the folded network as an ML Program."""
+    save_coreml(convert_coreml(source.folded, source.spec, source.output_name), source.spec, path)
+
+
+def write_coreml_int8(source: Source, path: Path) -> None:
+    """``coreml-int8``: an ML Program with the prepared graph's weights, quantized by its ranges."""
+    int8 = prepared(source)
+    network = load_weights(source.folded, int8.graph, source.spec.input_px)
+    model = convert_coreml(network, source.spec, source.output_name)
+    save_coreml(quantize_coreml(model, int8), source.spec, path)
+
 
 OPENVINO = (("openvino", "openvino"),)
+COREML = (("coremltools", "coreml"),)
+ENGINE_NOTE = "The engine is built on the device, by recipe.json."
 
 WRITERS: dict[str, Writer] = {
     REFERENCE: Writer("model.safetensors", write_reference, "The reference that every variant is compared with."),
@@ -202,6 +223,16 @@ WRITERS: dict[str, Writer] = {
     "tensorrt-fp32": Writer("model.onnx", write_tensorrt, ENGINE_NOTE),
     "tensorrt-fp16": Writer("model.onnx", write_tensorrt_fp16, ENGINE_NOTE),
     "tensorrt-int8": Writer("model.onnx", write_tensorrt_int8, ENGINE_NOTE, needs_ranges=True),
+    "coreml-fp16": Writer(
+        "model.mlpackage", write_coreml, "ML Program for iOS 17 in 16-bit floats, images in.", packages=COREML
+    ),
+    "coreml-int8": Writer(
+        "model.mlpackage",
+        write_coreml_int8,
+        "ML Program for iOS 17, W8A8: pays off on the Neural Engine from A17 Pro and M4 on.",
+        needs_ranges=True,
+        packages=COREML,
+    ),
 }
 
 
@@ -226,5 +257,7 @@ def check_packages(variants: Sequence[str]) -> None:
     for module, extra in dict.fromkeys(package for variant in variants for package in WRITERS[variant].packages):
         if module == "nncf":
             import_nncf()
+        elif module == "coremltools":
+            import_coremltools()
         else:
             require(module, extra)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Placement, cannot_load, check_batch
+from .backend import Placement, TensorSpec, cannot_load, check_batch
 from .coreml_program import Name, Operation, Program, TensorType, read_program
 from .coreml_reference import Interpreter
 from .errors import UserError, require, unknown_name
@@ -40,11 +40,13 @@ class CoreMlBackend:
     Args:
         model: the ``.mlpackage`` folder; one RGB image in, one (1, K) output.
         threads: not used: Core ML chooses its own.
-        compute_units: where Core ML may run it: one of ``COMPUTE_UNITS``.
+        device: where Core ML may run it, one of ``COMPUTE_UNITS``; None is all of them.
+        cache: not used: nothing is kept.
     """
 
-    def __init__(self, model: Path, threads: int, compute_units: str = "ALL") -> None:
+    def __init__(self, model: Path, threads: int, device: str | None = None, cache: Path | None = None) -> None:
         self.model = model
+        compute_units = device or COMPUTE_UNITS[0]
         if compute_units not in COMPUTE_UNITS:
             raise unknown_name("compute units", compute_units, COMPUTE_UNITS)
         interpreter = None if NATIVE else Interpreter(model)
@@ -56,6 +58,11 @@ class CoreMlBackend:
             )
         (self._input, kind), self._output = next(iter(program.inputs.items())), program.outputs[0]
         self.input_shape: tuple[int, ...] = kind.shape
+        kinds = dict(output for operation in program.operations for output in operation.outputs)
+        if self._output not in kinds:
+            raise UserError(f"The Core ML model '{model}' computes no {self._output!r}: export it again.")
+        self.inputs = (TensorSpec(self._input, kind.shape),)
+        self.outputs = (TensorSpec(self._output, kinds[self._output].shape),)
         self._preprocess = _preprocess(program, model)
         self._program = program
         self._interpreter = interpreter

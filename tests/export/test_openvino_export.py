@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
+from midge.export.delivery import Delivery
 from midge.export.openvino_export import import_nncf, quantize_openvino, save_openvino
 from midge.export.prepare import Prepared
 from midge.export.ranges import measure_ranges
@@ -50,7 +51,8 @@ def test_layers_that_stay_float_take_the_u8_graph(artifact: Artifact, tmp_path: 
     int8 = Prepared(graph, table.choose("mse"), table.choose_symmetric("mse"), floats)
     reference = artifact.variants["torch-fp32"].model
     model, spec = load_model(reference.parent, reference.stem)
-    source = Source(model, model, spec, graph, artifact.variants["onnx-fp32"].model, images, int8)
+    delivery = Delivery(spec.preprocess, {})
+    source = Source(model, model, spec, graph, artifact.variants["onnx-fp32"].model, images, int8, delivery)
     WRITERS["openvino-int8"].write(source, tmp_path / "int8" / "model.xml")
     types = weights(tmp_path / "int8" / "model.xml")
     assert (types.count("i8"), types.count("f32")) == (20, 2)

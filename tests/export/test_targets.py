@@ -28,6 +28,7 @@ def test_the_defaults_make_every_variant_once() -> None:
     [
         (["onnx"], ["int8"], ("onnx-int8-u8", "onnx-int8-s8", "onnx-int8-dynamic")),
         (["openvino"], ["fp32"], ("openvino-fp32",)),
+        (["coreml"], ["fp32", "fp16", "int8"], ("coreml-fp16", "coreml-int8")),
     ],
 )
 def test_some(targets: list[str], precisions: list[str], expected: tuple[str, ...]) -> None:
@@ -39,6 +40,7 @@ def test_some(targets: list[str], precisions: list[str], expected: tuple[str, ..
     [
         (["onnx", "ort8"], ["fp32"], f"Unknown target 'ort8': choose one of {ALL_TARGETS}."),
         (["onnx"], ["int4"], f"Unknown precision 'int4': choose one of {PRECISIONS}."),
+        (["onnx", "coreml"], ["fp32"], "The target 'coreml' has no fp32: give --precision fp16, int8."),
         ([], ["fp32"], f"--targets names nothing: give one or more of {ALL_TARGETS}."),
         (["onnx"], [], f"--precision names nothing: give one or more of {PRECISIONS}."),
     ],

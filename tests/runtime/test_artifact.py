@@ -312,7 +312,9 @@ def test_variant_runtime() -> None:
         "onnxruntime",
         "openvino",
     ]
-    with pytest.raises(UserError, match="Unknown target 'tflite': choose one of coreml, onnx, openvino, tensorrt, torch"):
+    with pytest.raises(
+        UserError, match="Unknown target 'tflite': choose one of coreml, onnx, openvino, tensorrt, torch"
+    ):
         variant_runtime("tflite-fp16")
 
 

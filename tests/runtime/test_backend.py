@@ -379,7 +379,9 @@ def test_share_is_null_where_it_is_not_known() -> None:
 
 
 def test_unknown_target() -> None:
-    with pytest.raises(UserError, match="Unknown target 'tflite': choose one of coreml, onnx, openvino, tensorrt, torch"):
+    with pytest.raises(
+        UserError, match="Unknown target 'tflite': choose one of coreml, onnx, openvino, tensorrt, torch"
+    ):
         open_backend(variant("tflite-int8", Path("x")))
 
 

@@ -59,12 +59,14 @@ class Samples:
     Attributes:
         calibration: to calibrate on.
         golden: for the golden pack; others than those, where there are enough images.
+        training: to train for INT8 on, unlabelled; may be the calibration images too, never the golden ones.
         excluded: number of images that were passed over because they are evaluation images too.
         evaluation_images: number of evaluation images that were excluded from the draw; 0 where none are known.
     """
 
     calibration: Sample
     golden: Sample
+    training: Sample
     excluded: int
     evaluation_images: int
 
@@ -99,9 +101,15 @@ def evaluation_beside(root: Path) -> Path | None:
 
 
 def draw_samples(
-    root: Path, evaluation_root: Path | None, preprocess: Preprocess, count: int, seed: int, workers: int
+    root: Path,
+    evaluation_root: Path | None,
+    preprocess: Preprocess,
+    count: int,
+    seed: int,
+    workers: int,
+    num_training: int = 0,
 ) -> Samples:
-    """Draw calibration images and golden images.
+    """Draw calibration images, golden images and images to train for INT8 on.
 
     Args:
         root: folder of training images.
@@ -111,6 +119,7 @@ def draw_samples(
             at least a quarter of them become golden ones.
         seed: of the draw.
         workers: threads that decode images.
+        num_training: number of images to train on; where there are too few images, as many as there are.
 
     Raises:
         UserError: a folder holds no images, too many of them are unreadable, or none is left.
@@ -118,11 +127,13 @@ def draw_samples(
     images = list_images(root)
     evaluation = EvaluationImages(None if evaluation_root is None else list_images(evaluation_root))
     image_bytes = 4 * 3 * preprocess.crop_px**2  # as floats, which they become
-    if count > (most := max(1, MAX_BYTES // image_bytes)):
-        say(f"Calibrating on {most} images instead of {count}: more would take above {MAX_BYTES >> 20} MiB of memory.")
-        count = most
+    most = max(1, MAX_BYTES // image_bytes)
+    for task, number in {"Calibrating": count, "Training for INT8": num_training}.items():
+        if number > most:
+            say(f"{task} on {most} images instead of {number}: more would take above {MAX_BYTES >> 20} MiB of memory.")
+    count, num_training = min(count, most), min(num_training, most)
     num_golden = min(MAX_GOLDEN, max(MIN_GOLDEN, GOLDEN_BYTES // image_bytes))
-    wanted = count + num_golden
+    wanted = max(count, num_training) + num_golden
     order = np.random.default_rng(seed).permutation(len(images)).tolist()
     read = usable(read_images(images, order, preprocess, workers), evaluation)
     drawn = list(track(itertools.islice(read, wanted), "Reading calibration images", min(wanted, len(images))))
@@ -133,10 +144,12 @@ def draw_samples(
             f"No image of '{root}' can be calibrated on: {evaluation.met} of its {len(images)} are evaluation images "
             f"in '{evaluation_root}' too, the rest is unreadable. Name training images with --data."
         )
-    num_golden = min(num_golden, max(len(drawn) - count, len(drawn) // 4, 1))
+    num_golden = min(num_golden, max(len(drawn) - max(count, num_training), len(drawn) // 4, 1))
     golden = drawn[-num_golden:]
-    calibration = drawn[: min(count, max(len(drawn) - num_golden, 1))]
-    return Samples(collect(calibration, preprocess), collect(golden, preprocess), evaluation.met, len(evaluation))
+    others = max(len(drawn) - num_golden, 1)
+    calibration, training = drawn[: min(count, others)], drawn[: min(num_training, others)]
+    calibration, golden, training = (collect(part, preprocess) for part in (calibration, golden, training))
+    return Samples(calibration, golden, training, evaluation.met, len(evaluation))
 
 
 class EvaluationImages:

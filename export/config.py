@@ -15,6 +15,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "opset": (18, 23),
     "image_px": (1, 4096),
     "resize_px": (1, 4096),
+    "qat_epochs": (0, 1000),
+    "qat_images": (32, 1_000_000),
+    "qat_lr": (1e-7, 10),
     "seed": (0, 2**63 - 1),
     "workers": (1, 256),
     "limit": (1, 10**9),
@@ -107,6 +110,17 @@ class ExportConfig:
     calibration: str = "mse"
     """How the ranges of activations are chosen: minmax, percentile (99.99 %; also percentile-99.9, percentile-99.999),
     mse (smallest squared error), entropy. All are stored."""
+
+    qat_epochs: int = 0
+    """Train the network for INT8 for so many passes over --qat-images: the FP32 network teaches it, labels are not
+    needed. 0 does not. OpenVINO's INT8 is then written from the trained u8 graph, never by NNCF."""
+
+    qat_images: int = 4096
+    """Number of images for that, of the same folder; fewer where they would take above 1 GiB of memory."""
+
+    qat_lr: float = 0.001
+    """Learning rate of that: how far a step moves a weight at most, in steps of its 8-bit grid; an end of a range moves
+    ten times as far."""
 
     name: str | None = None
     """Name of the artifact; default the name of the folder OUT."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -26,7 +27,7 @@ from .config import ExportConfig
 from .delivery import Delivery, describe_graph
 from .fold import fold_batch_norm
 from .onnx_export import export_onnx, save_onnx
-from .prepare import prepare
+from .prepare import RANGE_STEPS, Prepared, prepare, training
 from .quantize import is_transformer
 from .ranges import RangeTable, check_calibration_images, check_method, write_calibration
 from .subject import Subject, check_subject, load_subject
@@ -61,14 +62,16 @@ def export_run(config: ExportConfig) -> int:
         subject = load_subject(config)
         spec = subject.spec
         count = config.calibration_images if any("int8" in variant for variant in variants) else 0
-        samples = draw_samples(root, evaluation_root, spec.preprocess, count, config.seed, config.workers)
+        train = config.qat_images if count and config.qat_epochs else 0
+        samples = draw_samples(root, evaluation_root, spec.preprocess, count, config.seed, config.workers, train)
     with atomic_folder(config.out) as folder:
-        written, table = write_variants(folder, (REFERENCE, *variants), config, subject, samples, seconds)
+        written, int8, table = write_variants(folder, (REFERENCE, *variants), config, subject, samples, seconds)
         models = {variant: f"{variant}/{WRITERS[variant].model}" for variant in written}
         with timed(seconds, "golden"):
             outputs = write_golden_pack(folder, folder / models[REFERENCE], samples)
         if count:
-            write_calibration(folder, samples, table, config.calibration, config.seed, tool_versions(variants))
+            tools, trained = tool_versions(variants), int8.trained if int8 else None
+            write_calibration(folder, samples, table, config.calibration, config.seed, tools, trained=trained)
         builds = note_builds(folder, variants) if config.check_build else True
         write_manifest(
             folder,
@@ -114,6 +117,9 @@ def check_forms(config: ExportConfig, variants: Sequence[str]) -> None:
     for flag, given in asked.items():
         if others and given:
             raise UserError(f"{flag} is for {' and '.join(GRAPH_TARGETS)}, not {others[0]}: export it apart.")
+    for flag, given in {"--kind features": config.kind == "features", "--dynamic-batch": config.dynamic_batch}.items():
+        if config.qat_epochs and given:
+            raise UserError(f"--qat-epochs trains networks of one output and a fixed batch: leave {flag} out.")
 
 
 def write_variants(
@@ -123,11 +129,12 @@ def write_variants(
     subject: Subject,
     samples: Samples,
     seconds: dict[str, float],
-) -> tuple[tuple[str, ...], RangeTable | None]:
+) -> tuple[tuple[str, ...], Prepared | None, RangeTable | None]:
     """Write the variants, each into the folder of its name.
 
     Returns:
-        Those that suit the network, and the ranges of the activations; None where no variant needed them.
+        Those that suit the network, what the INT8 ones are made from, and the ranges of the activations; None where no
+        variant needed them.
     """
     model, spec, images = subject.model, subject.spec, samples.calibration.inputs
     if spec.preprocess.embedded:
@@ -145,15 +152,21 @@ def write_variants(
         variants = suited(variants, is_transformer(graph))
         int8, table = None, None
         if any(WRITERS[variant].needs_ranges for variant in variants):
+            steps = dict(RANGE_STEPS)
+            if config.qat_epochs:
+                sample = samples.training
+                if spec.preprocess.embedded:
+                    sample = dataclasses.replace(sample, inputs=spec.preprocess.normalize(sample.inputs))
+                steps["training"] = training(graph, sample, config.qat_epochs, config.qat_lr, config.seed)
             with timed(seconds, "calibration"):
-                int8, table = prepare(graph, images, config.calibration)
+                int8, table = prepare(graph, images, config.calibration, range_steps=steps)
         delivery = Delivery(spec.preprocess, describe_graph(subject.kind, spec))
         source = Source(model, folded, spec, graph, onnx_path, images, int8, delivery)
         for variant in variants:
             writer = WRITERS[variant]
             with timed(seconds, variant):
                 writer.write(source, folder / variant / writer.model)
-    return variants, table
+    return variants, int8, table
 
 
 def write_golden_pack(folder: Path, model: Path, samples: Samples) -> tuple[np.ndarray, ...]:

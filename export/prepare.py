@@ -1,8 +1,8 @@
 """From the FP32 graph to what every INT8 variant is written from: one graph, one table of ranges, one list of floats.
 
-FP32 graph -> steps that change its weights -> ranges, measured once -> steps that need the ranges -> :class:`Prepared`.
-A step is a pure function; nodes, activations and weights keep their names, so that weights find their way back into
-torch by the names of its parameters.
+FP32 graph -> steps that change its weights -> ranges, measured once -> steps that need the ranges, a training being the
+last -> :class:`Prepared`. A step is a pure function; nodes, activations and weights keep their names, so that weights
+find their way back into torch by the names of its parameters.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .bias_correction import correct_biases
+from .calibration import Sample
 from .quantize import DIALECTS, quantize_onnx, refuse_quantized
 from .ranges import Ranges, RangeTable, graph_sha256, measure_ranges
 
@@ -31,18 +32,27 @@ class Prepared:
         ranges: of its activations, for those that have a zero point.
         symmetric_ranges: the same for those that have none.
         float_nodes: names of the weighted operators that stay float.
+        trained: what calibration.json says of the training for INT8; empty where there was none.
     """
 
     graph: ModelProto
     ranges: Ranges
     symmetric_ranges: Ranges
     float_nodes: tuple[str, ...] = ()
+    trained: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def learned(self) -> bool:
+        """Whether the weights and ranges come from a training: one that did not help is not kept."""
+        return bool(self.trained.get("kept"))
+
+    def choose_ranges(self, variant: str) -> Ranges:
+        """The ranges for the dialect of a variant."""
+        return self.symmetric_ranges if DIALECTS[variant].symmetric else self.ranges
 
     def quantize(self, variant: str) -> ModelProto:
         """The INT8 graph in the dialect of a variant."""
-        dialect = DIALECTS[variant]
-        ranges = self.symmetric_ranges if dialect.symmetric else self.ranges
-        return quantize_onnx(self.graph, ranges, dialect, self.float_nodes)
+        return quantize_onnx(self.graph, self.choose_ranges(variant), DIALECTS[variant], self.float_nodes)
 
 
 def _correct_biases(prepared: Prepared, images: np.ndarray) -> Prepared:
@@ -57,6 +67,39 @@ RangeStep = Callable[[Prepared, np.ndarray], Prepared]
 # Name -> step, in the order in which they are taken; images are (N, 3, H, W) float32.
 GRAPH_STEPS: dict[str, Callable[[ModelProto, np.ndarray], ModelProto]] = {}
 RANGE_STEPS: dict[str, RangeStep] = {"bias correction": _correct_biases}
+
+
+def training(teacher: ModelProto, sample: Sample, epochs: int, lr: float, seed: int) -> RangeStep:
+    """A last step that trains the network for INT8 in both dialects, see :mod:`.qat`.
+
+    Args:
+        teacher: the FP32 graph as it was exported.
+        sample: images to train on; the calibration images that a step is given are too few.
+        epochs: passes over them.
+        lr: learning rate, in steps of the weights' grids.
+        seed: of the order, flips and crops.
+    """
+    from .qat import QatConfig, Written, train_quantized  # imports torch
+
+    config = QatConfig(epochs=epochs, lr=lr, seed=seed)
+
+    def train(prepared: Prepared, images: np.ndarray) -> Prepared:
+        written = {name: Written(prepared.quantize(name), prepared.choose_ranges(name)) for name in DIALECTS}
+        found = train_quantized(prepared.graph, written, sample.inputs, config, teacher)
+        facts = {
+            "settings": dataclasses.asdict(config),
+            "kept": found.helped,
+            "loss_before": found.loss_before,
+            "loss_after": found.loss_after,
+            "images": sample.to_json(),
+            "ranges": {name: {key: list(ends) for key, ends in of.items()} for name, of in found.ranges.items()},
+        }
+        ranges, symmetric = found.ranges["onnx-int8-u8"], found.ranges["onnx-int8-s8"]
+        return dataclasses.replace(
+            prepared, graph=found.graph, ranges=ranges, symmetric_ranges=symmetric, trained=facts
+        )
+
+    return train
 
 
 def prepare(

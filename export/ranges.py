@@ -187,6 +187,7 @@ def write_calibration(
     seed: int,
     tools: dict[str, str],
     float_nodes: Sequence[str] = (),
+    trained: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``calibration.json``: the images, how they were drawn, and what was found with them.
 
@@ -198,6 +199,7 @@ def write_calibration(
         seed: of the draw.
         tools: package -> version.
         float_nodes: names of the weighted operators that stay float.
+        trained: settings, images and result of a training for INT8; None or empty where there was none.
     """
     calibration = {
         "schema": SCHEMA,
@@ -208,6 +210,7 @@ def write_calibration(
         "images": samples.calibration.to_json(),
         "float_nodes": list(float_nodes),
         **({} if table is None else {"ranges": table.to_json()}),
+        **({"trained": trained} if trained else {}),
         "tools": tools,
     }
     write_json(folder / FILE, calibration)

@@ -121,10 +121,15 @@ def read_method(stored: Fields, chosen: str | None) -> tuple[str, RangeTable | N
     """The method to choose ranges by, and the ranges of an artifact's calibration where it holds some.
 
     Raises:
-        UserError: the file is damaged or of another schema.
+        UserError: the file is damaged or of another schema, or says that the INT8 variants were trained.
     """
     if stored.schema(SCHEMA) < SCHEMA:
         raise UserError(f"The {stored.what} is of an earlier schema: export the artifact again.")
+    if "trained" in stored.value and stored.fields("trained").value.get("kept") is not False:
+        raise UserError(
+            f"The {stored.what} says that the INT8 variants were trained, which quantizing the FP32 graph anew would "
+            "undo: export the run again, with the options you want, or without --qat-epochs to quantize that."
+        )
     method = stored.choice("method", METHODS)
     table = RangeTable.from_json(stored.fields("ranges")) if "ranges" in stored.value else None
     return chosen or method, table
@@ -153,7 +158,7 @@ def read_stored_images(stored: Fields, config: QuantizeConfig, artifact: Artifac
         )
     sample = collect(found, artifact.preprocess)
     excluded, evaluation = (stored.integer(key, 0, 2**53) for key in ("excluded", "evaluation_images"))
-    return Samples(sample, sample, excluded, evaluation)
+    return Samples(sample, sample, collect([], artifact.preprocess), excluded, evaluation)
 
 
 def read_held_out(config: QuantizeConfig, artifact: Artifact, samples: Samples) -> np.ndarray:

@@ -136,9 +136,12 @@ def write_openvino_fp16(source: Source, path: Path) -> None:
 
 
 def write_openvino_int8(source: Source, path: Path) -> None:
-    """``openvino-int8``: our ``u8`` graph, or NNCF's, whichever is the better for the network (:func:`by_nncf`)."""
+    """``openvino-int8``: our ``u8`` graph, or NNCF's, whichever is the better for the network (:func:`by_nncf`).
+
+    NNCF starts from the FP32 graph and knows neither layers that stay float nor what a training learned.
+    """
     int8 = prepared(source)
-    if by_nncf(source.graph) and not int8.float_nodes:
+    if by_nncf(source.graph) and not int8.float_nodes and not int8.learned:
         quantize_openvino(source.onnx_path, path, source.images, is_transformer(source.graph), source.delivery)
         return
     with tempfile.TemporaryDirectory() as work:

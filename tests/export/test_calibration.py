@@ -96,6 +96,19 @@ def test_few_images_are_shared_out(images: Path, tmp_path: Path) -> None:
     assert len(one.golden) == 1
 
 
+def test_images_to_train_on(images: Path) -> None:
+    """More of the same draw; never the golden ones, of which fewer images leave at least a quarter."""
+    without = draw_samples(images / "train", None, PREPROCESS, 20, seed=0, workers=2)
+    samples = draw_samples(images / "train", None, PREPROCESS, 20, seed=0, workers=2, num_training=25)
+    assert samples.calibration.hashes == without.calibration.hashes
+    assert len(without.training) == 0
+    assert (len(samples.training), samples.training.hashes[:20]) == (25, samples.calibration.hashes)
+    assert not {*samples.training.hashes} & {*samples.golden.hashes}
+    many = draw_samples(images / "train", None, PREPROCESS, 20, seed=0, workers=2, num_training=1000)
+    assert (len(many.training), len(many.calibration), len(many.golden)) == (70, 20, 23)
+    assert not {*many.training.hashes} & {*many.golden.hashes}
+
+
 def test_a_repeated_image_counts_once(images: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         shutil.copytree(images / "train" / "ant", tmp_path / "twice" / name)

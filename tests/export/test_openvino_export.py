@@ -10,12 +10,15 @@ import onnx
 import pytest
 
 from midge.export.delivery import Delivery
+from midge.export.onnx_export import save_onnx
 from midge.export.openvino_export import import_nncf, quantize_openvino, save_openvino
 from midge.export.prepare import Prepared
 from midge.export.ranges import measure_ranges
 from midge.export.writers import WRITERS, Source, by_nncf
 from midge.runtime.artifact import Artifact
+from midge.runtime.backend import predict
 from midge.runtime.errors import UserError
+from midge.runtime.openvino_backend import OpenVinoBackend
 from midge.runtime.torch_model import load_model
 
 
@@ -61,6 +64,26 @@ def test_layers_that_stay_float_take_the_u8_graph(artifact: Artifact, tmp_path: 
 def test_transformers_alone_are_left_to_nncf(artifact: Artifact, vit: onnx.ModelProto) -> None:
     assert by_nncf(vit)
     assert not by_nncf(onnx.load(artifact.variants["onnx-fp32"].model))
+
+
+def test_what_was_trained_is_not_left_to_nncf(artifact: Artifact, vit: onnx.ModelProto, tmp_path: Path) -> None:
+    """The trained graph's last weights are 0 here, so that each image has the same logits: NNCF would not know."""
+    images = np.random.default_rng(0).normal(size=(2, *artifact.input_shape[1:])).astype(np.float32)
+    table = measure_ranges(vit, images)
+    graph = onnx.ModelProto()
+    graph.CopyFrom(vit)
+    name = next(node.input[1] for node in reversed(graph.graph.node) if node.op_type == "Gemm")
+    tensor = next(tensor for tensor in graph.graph.initializer if tensor.name == name)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(0 * onnx.numpy_helper.to_array(tensor), name))
+    int8 = Prepared(graph, table.choose("mse"), table.choose_symmetric("mse"), trained={"kept": True})
+    reference = artifact.variants["torch-fp32"].model
+    model, spec = load_model(reference.parent, reference.stem)
+    save_onnx(vit, tmp_path / "model.onnx")
+    source = Source(model, model, spec, vit, tmp_path / "model.onnx", images, int8, Delivery(spec.preprocess, {}))
+    WRITERS["openvino-int8"].write(source, tmp_path / "int8" / "model.xml")
+    with OpenVinoBackend(tmp_path / "int8" / "model.xml", threads=1) as backend:
+        one, two = predict(backend, images)
+    np.testing.assert_array_equal(one, two)
 
 
 def test_quantizing_is_quiet_and_reports_to_nobody(

@@ -38,6 +38,8 @@ def correct_biases(graph: ModelProto, quantized: ModelProto, images: np.ndarray)
     """
     biases = find_biases(graph)
     nodes = [node for node in graph.graph.node if node.name in biases]
+    if not nodes:
+        return graph
     images = images[: min(MAX_IMAGES, max(1, MAX_BYTES // _largest_cut(graph)))]
     session = open_session(graph, [node.output[0] for node in nodes])
     expected = {node.name: np.zeros(1) for node in nodes}

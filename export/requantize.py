@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from .config import QuantizeConfig
 from .delivery import Delivery, describe_graph
 from .export import tool_versions
 from .fold import fold_batch_norm
-from .onnx_export import without_notes
+from .onnx_export import save_onnx, without_notes
 from .prepare import Prepared, prepare
 from .quantize import refuse_quantized
 from .ranges import FILE, METHODS, SCHEMA, RangeTable, check_method, write_calibration
@@ -105,6 +106,8 @@ def read_float_graph(artifact: Artifact) -> ModelProto:
         raise UserError(f"The artifact '{artifact.path}' has no {missing[0]}: export it with --precision fp32 int8.")
     if artifact.preprocess.embedded:
         raise UserError(f"The graphs of '{artifact.path}' normalize inside: export it without --embed-preprocess.")
+    if artifact.kind == "features":
+        raise UserError(f"'{artifact.path}' gives feature maps: only one vector of outputs is quantized anew.")
     path = artifact.variants[FLOAT_GRAPH].model
     try:
         graph = onnx.load(path, load_external_data=False)
@@ -186,20 +189,22 @@ def write_artifact(folder: Path, artifact: Artifact, graph: ModelProto, samples:
     """Copy what is not INT8, write the rest anew."""
     reference = artifact.variants[REFERENCE].model
     model, spec = load_model(reference.parent, reference.stem)
-    onnx_path = artifact.variants[FLOAT_GRAPH].model
     folded = fold_batch_norm(model, spec.input_px)
     delivery = Delivery(artifact.preprocess, describe_graph(artifact.kind, spec))
-    source = Source(model, folded, spec, graph, onnx_path, samples.calibration.inputs, prepared, delivery)
     shutil.copy(artifact.golden, folder / "golden.npz")
-    for name in artifact.variants:
-        if is_int8(name) and name in WRITERS:
-            WRITERS[name].write(source, folder / name / WRITERS[name].model)
-        elif is_int8(name):
-            say(f"Left out {name}: this midge does not know how it is written.")
-        else:
-            for path in artifact.manifest["variants"][name]["files"]:  # checked; what else lies there is not copied
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(artifact.path / path, folder / path)
+    with tempfile.TemporaryDirectory() as work:
+        onnx_path = Path(work) / "model.onnx"  # the graph as it was before it was delivered
+        save_onnx(graph, onnx_path)
+        source = Source(model, folded, spec, graph, onnx_path, samples.calibration.inputs, prepared, delivery)
+        for name in artifact.variants:
+            if is_int8(name) and name in WRITERS:
+                WRITERS[name].write(source, folder / name / WRITERS[name].model)
+            elif is_int8(name):
+                say(f"Left out {name}: this midge does not know how it is written.")
+            else:
+                for path in artifact.manifest["variants"][name]["files"]:  # checked; nothing else there is copied
+                    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(artifact.path / path, folder / path)
 
 
 def describe(folder: Path, artifact: Artifact, tools: dict[str, str]) -> None:

@@ -15,6 +15,7 @@ from midge.export.export import check_forms, export_run
 from midge.export.verify import verify
 from midge.runtime.artifact import Artifact, load_artifact
 from midge.runtime.backend import open_backend, predict
+from midge.runtime.cpu_features import adds_in_16_bits
 from midge.runtime.errors import UserError
 from midge.runtime.images import list_images, load_image
 from midge.runtime.parity import compare_outputs
@@ -67,7 +68,8 @@ def test_8_bit_images_give_what_normalized_ones_give(
     parity = compare_outputs(outputs, expected)
     if "int8" in variant:
         assert parity.cosine_mean > 0.99
-        assert share is not None and (share > 0.95 or variant == "onnx-int8-s8")  # the first convolution too
+        floats = variant == "onnx-int8-s8" or (variant == "openvino-int8" and adds_in_16_bits())
+        assert share is not None and (share > 0.95 or floats)  # the first convolution too
     else:
         assert parity.cosine_min > (0.9995 if "fp16" in variant else 0.99999)
         assert (parity.max_abs_error or 0) > 1e-5 or "fp32" in variant  # it is really another arithmetic

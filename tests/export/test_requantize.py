@@ -107,7 +107,7 @@ def test_quantize_writes_a_new_artifact(
     assert (stored["method"], stored["float_nodes"]) == ("entropy", [])
     for name, variant in artifact.variants.items():
         changed = again.variants[name].sha256 != variant.sha256
-        assert changed == name.startswith("onnx-int8")
+        assert changed == ("int8" in name)  # OpenVINO's is made from the u8 graph
 
 
 def test_the_same_method_gives_the_same_files(artifact: Artifact, images: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..runtime.backend import cannot_load
 from ..runtime.errors import require
+from ..runtime.openvino_backend import compile_settings
 
 Run = Callable[[np.ndarray], list[np.ndarray]]
 """From an image (1, 3, H, W) float32 to the chosen tensors."""
@@ -88,7 +89,7 @@ def tap_openvino(path: Path, ops: Mapping[str, str]) -> Tap:
     def open_run(tensors: Sequence[str]) -> Run:
         present = {name for port in model.outputs for name in port.get_names()}
         model.add_outputs([name for name in tensors if name not in present])
-        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = core.compile_model(model, "CPU", compile_settings("CPU", threads=1, cache=None))
         request = compiled.create_infer_request()
 
         def run(image: np.ndarray) -> list[np.ndarray]:

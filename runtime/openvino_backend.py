@@ -54,7 +54,7 @@ class OpenVinoBackend:
         self._device = "CPU" if device is None else device
         if self._device not in core.available_devices:
             raise unknown_name("OpenVINO device", self._device, core.available_devices)
-        self._settings = _settings(self._device, threads, cache)
+        self._settings = compile_settings(self._device, threads, cache)
         try:
             self._model = core.read_model(model)
             self._compiled = core.compile_model(self._model, self._device, self._settings)
@@ -131,7 +131,7 @@ class OpenVinoBackend:
         return Placement(int8_macs, total_macs, dict(sorted(ops.items())), dict(uncounted))
 
 
-def _settings(device: str, threads: int, cache: Path | None) -> dict[str, str]:
+def compile_settings(device: str, threads: int, cache: Path | None) -> dict[str, str]:
     """What a device is told; each takes only what it knows."""
     settings = {"PERFORMANCE_HINT": "LATENCY", "CACHE_DIR": "" if cache is None else str(cache)}
     if device == "CPU":

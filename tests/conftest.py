@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 TRAIN_IMAGES, TEST_IMAGES = 300, 120
+
+settings.register_profile("midge", deadline=None)  # how long an example takes on a busy machine is no defect
+settings.load_profile("midge")
 
 
 @pytest.fixture(scope="session")

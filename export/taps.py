@@ -21,6 +21,10 @@ Run = Callable[[np.ndarray], list[np.ndarray]]
 """From an image (1, 3, H, W) float32 to the chosen tensors."""
 
 
+ACTIVATIONS = {"Relu": ("Relu",), "Clip": ("Clamp", "Relu")}
+"""Operators of ONNX that fold into the quantization after them -> OpenVINO's for them."""
+
+
 @dataclass(frozen=True)
 class Tap:
     """A model whose tensors can be looked at.
@@ -77,14 +81,21 @@ def tap_onnx(path: Path, ops: Mapping[str, str]) -> Tap:
 
 
 def tap_openvino(path: Path, ops: Mapping[str, str]) -> Tap:
-    """An OpenVINO model, whose tensors keep the names of the ONNX file that it was made from."""
+    """An OpenVINO model, whose tensors keep the names of the ONNX file that it was made from.
+
+    That may be a quantized one, in which activations were folded as :func:`tap_onnx` says.
+    """
     openvino = require("openvino", "openvino")
     core = openvino.Core()
     try:
         model = core.read_model(path)
     except Exception as error:  # RuntimeError mostly, but each frontend has its own
         raise cannot_load("OpenVINO", path, error) from None
-    names = {name for op in model.get_ordered_ops() for port in op.outputs() for name in port.get_names()}
+    made = {
+        name: op.get_type_name() for op in model.get_ordered_ops() for port in op.outputs() for name in port.get_names()
+    }
+    folded = {name for name, op in ops.items() if op in ACTIVATIONS and made.get(name) not in (None, *ACTIVATIONS[op])}
+    dequantized = {name: found for name in folded if (found := f"{name}_DequantizeLinear_Output") in made}
 
     def open_run(tensors: Sequence[str]) -> Run:
         present = {name for port in model.outputs for name in port.get_names()}
@@ -98,7 +109,7 @@ def tap_openvino(path: Path, ops: Mapping[str, str]) -> Tap:
 
         return run
 
-    return Tap({name: name for name in ops if name in names}, open_run)
+    return Tap({name: dequantized.get(name, name) for name in ops if name in made}, open_run)
 
 
 # Runtime of a variant -> what shows its tensors. TensorRT's variants are ONNX files, and are run as such.

@@ -17,6 +17,36 @@ def one_thread():
 
 
 @pytest.fixture
+def tiny_settings():
+    """Settings of a pretraining that takes a second: a quickstart with a small network and few steps."""
+    return {
+        "channels": (8, 8, 8, 8),
+        "epochs": 2.0,
+        "batch_size": 8,
+        "head_hidden": 16,
+        "head_bottleneck": 8,
+        "head_outputs": 32,
+        "num_local": 2,
+        "base_lr": 0.48,
+        "koleo_weight": 0.0,
+        "freeze_batch_norm": False,
+        "warmup_epochs": 0.5,
+        "workers": 0,
+        "device": "cpu",
+        "checkpoint_every_steps": 2,
+        "log_every_steps": 2,
+    }
+
+
+@pytest.fixture
+def tiny(tiny_settings):
+    """Make such a configuration: ``tiny(data, out, **changes)``."""
+    from midge.train.recipes import quickstart
+
+    return lambda data, out, **changes: quickstart(data, out, **{**tiny_settings, **changes})
+
+
+@pytest.fixture
 def image_folder(tmp_path):
     """Make a folder of small noisy gradients, each its own: ``image_folder(number)``."""
 

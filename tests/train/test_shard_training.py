@@ -21,22 +21,8 @@ from midge.train.data_config import PackConfig
 from midge.train.datasets import Share, load_batches
 from midge.train.pack import pack
 from midge.train.pretrain import pretrain
-from midge.train.recipes import quickstart
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-TINY = {
-    "channels": (8, 8, 8, 8),
-    "epochs": 2.0,
-    "batch_size": 8,
-    "head_hidden": 16,
-    "head_bottleneck": 8,
-    "head_outputs": 32,
-    "num_local": 2,
-    "workers": 0,
-    "device": "cpu",
-    "checkpoint_every_steps": 2,
-}
 
 
 def weights(run):
@@ -55,17 +41,17 @@ def packed(tmp_path):
     return make
 
 
-def test_a_run_on_shards_ends_in_the_bytes_of_a_run_on_the_folder(image_folder, packed, tmp_path):
+def test_a_run_on_shards_ends_in_the_bytes_of_a_run_on_the_folder(image_folder, packed, tmp_path, tiny):
     folder = image_folder(28)
     for name, data, workers in (("folder", folder, 0), ("shards", packed(folder), 2)):
-        assert pretrain(quickstart(data, tmp_path / name, **{**TINY, "workers": workers})) == 0
+        assert pretrain(tiny(data, tmp_path / name, workers=workers)) == 0
     assert weights(tmp_path / "folder") == weights(tmp_path / "shards")
 
 
-def test_a_run_that_was_started_on_the_folder_goes_on_with_the_shards(image_folder, packed, tmp_path):
+def test_a_run_that_was_started_on_the_folder_goes_on_with_the_shards(image_folder, packed, tmp_path, tiny):
     folder = image_folder(28)
     shards = packed(folder)
-    config = quickstart(folder, tmp_path / "moved", **{**TINY, "epochs": 6.0})
+    config = tiny(folder, tmp_path / "moved", epochs=6.0)
 
     def stop():
         deadline = time.monotonic() + 60
@@ -79,7 +65,7 @@ def test_a_run_that_was_started_on_the_folder_goes_on_with_the_shards(image_fold
     thread.join()
     shutil.rmtree(folder)
     assert pretrain(dataclasses.replace(config, data=shards, resume=True)) == 0
-    assert pretrain(quickstart(shards, tmp_path / "whole", **{**TINY, "epochs": 6.0})) == 0
+    assert pretrain(tiny(shards, tmp_path / "whole", epochs=6.0)) == 0
     assert weights(tmp_path / "moved") == weights(tmp_path / "whole")
 
 
@@ -96,13 +82,13 @@ def test_knn_on_shards_is_knn_on_folders(labelled_folder, packed, run_folder, ca
     assert results[0] == results[1]
 
 
-def test_a_shard_that_is_cut_is_trained_on_as_far_as_it_goes(image_folder, packed, tmp_path, capsys):
+def test_a_shard_that_is_cut_is_trained_on_as_far_as_it_goes(image_folder, packed, tmp_path, capsys, tiny):
     shards = packed(image_folder(28))
     images = list_images(shards)
     assert images.shards is not None
     (shards / INDEX_FILE).unlink()
     os.truncate(shards / "shard-000000.tar", int(images.shards.offsets[26]) + 100)
-    config = quickstart(shards, tmp_path / "run", **{**TINY, "workers": 1, "max_unreadable": 0.04})
+    config = tiny(shards, tmp_path / "run", workers=1, max_unreadable=0.04)
     assert pretrain(config) == 0
     assert "026.png': its shard is cut off." in capsys.readouterr().err
     with pytest.raises(UserError, match=r"1 of 27 images are unreadable .*026.png': its shard is cut off") as error:

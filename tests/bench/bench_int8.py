@@ -36,7 +36,7 @@ from midge.export.openvino_export import import_nncf, quantize_openvino
 from midge.export.prepare import prepare
 from midge.export.quantize import is_transformer, quantize_dynamic
 from midge.profiles.environment import describe_device
-from midge.profiles.statistics import paired_latency
+from midge.profiles.statistics import MIN_ROUNDS, paired_latency
 from midge.runtime.backend import Backend, predict
 from midge.runtime.errors import UserError
 from midge.runtime.files import write_json
@@ -65,6 +65,8 @@ def main() -> None:
     parser.add_argument("--inferences", type=int, default=12, help="per network and round")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
     given = parser.parse_args()
+    if given.rounds < MIN_ROUNDS:
+        parser.error(f"--rounds is {given.rounds}: an interval needs at least {MIN_ROUNDS}")
     torch.set_num_threads(1)
     load_before = os.getloadavg()[0]
     networks: list[dict[str, Any]] = []

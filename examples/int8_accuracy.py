@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 from midge.export.bias_correction import correct_biases
 from midge.export.calibration import draw_samples
+from midge.export.clip_weights import clip_weights
 from midge.export.equalize import equalize
 from midge.export.fold import fold_batch_norm
 from midge.export.onnx_export import export_onnx, save_onnx
@@ -51,6 +52,7 @@ from midge.runtime.torch_model import ModelSpec, build_model, load_model, save_m
 STEPS: dict[str, Callable[[Any, np.ndarray], Any]] = {
     "equalize": equalize,
     "smooth": smooth,
+    "clip": clip_weights,
     "round": round_weights,
 }
 BIAS = "bias"

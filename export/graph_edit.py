@@ -65,7 +65,7 @@ def observe(graph: ModelProto, tensors: Sequence[str], images: np.ndarray) -> It
         Of each image the values of the tensors, by name.
     """
     computed = [name for name in dict.fromkeys(tensors) if name != INPUT]
-    session = open_session(graph, computed)
+    session = open_session(graph, computed) if computed else None
     for image in images:
-        values = dict(zip(computed, session.run(computed, {INPUT: image[None]}), strict=True))
+        values = dict(zip(computed, session.run(computed, {INPUT: image[None]}), strict=True)) if session else {}
         yield {name: values.get(name, image[None]) for name in tensors}

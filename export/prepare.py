@@ -16,6 +16,7 @@ import numpy as np
 
 from .bias_correction import correct_biases
 from .calibration import Sample
+from .clip_weights import clip_weights
 from .quantize import DIALECTS, quantize_onnx, refuse_quantized
 from .ranges import Ranges, RangeTable, graph_sha256, measure_ranges
 
@@ -55,6 +56,11 @@ class Prepared:
         return quantize_onnx(self.graph, self.choose_ranges(variant), DIALECTS[variant], self.float_nodes)
 
 
+def _clip_weights(prepared: Prepared, images: np.ndarray) -> Prepared:
+    """Weights within the scales that serve INT8 best; the scales are the same in all dialects."""
+    return dataclasses.replace(prepared, graph=clip_weights(prepared.graph, images, prepared.float_nodes))
+
+
 def _correct_biases(prepared: Prepared, images: np.ndarray) -> Prepared:
     """Bias correction, for the dialect that quantizes most; the weights, the main cause, are the same in all."""
     return dataclasses.replace(
@@ -66,7 +72,7 @@ RangeStep = Callable[[Prepared, np.ndarray], Prepared]
 
 # Name -> step, in the order in which they are taken; images are (N, 3, H, W) float32.
 GRAPH_STEPS: dict[str, Callable[[ModelProto, np.ndarray], ModelProto]] = {}
-RANGE_STEPS: dict[str, RangeStep] = {"bias correction": _correct_biases}
+RANGE_STEPS: dict[str, RangeStep] = {"weight clipping": _clip_weights, "bias correction": _correct_biases}
 
 
 def training(teacher: ModelProto, sample: Sample, epochs: int, lr: float, seed: int) -> RangeStep:

@@ -29,7 +29,7 @@ from .delivery import Delivery, describe_graph
 from .export import tool_versions
 from .fold import fold_batch_norm
 from .onnx_export import save_onnx, without_notes
-from .prepare import Prepared, prepare
+from .prepare import RANGE_STEPS, Prepared, prepare
 from .quantize import refuse_quantized
 from .ranges import FILE, METHODS, SCHEMA, RangeTable, check_method, write_calibration
 from .sensitivity import LayerCost, by_cost, damage, keep_budget, layer_costs
@@ -62,7 +62,8 @@ def quantize(config: QuantizeConfig) -> int:
     check_packages([name for name in artifact.variants if is_int8(name)])
     samples = read_stored_images(stored, config, artifact)
     inputs = samples.calibration.inputs
-    plain, table = prepare(graph, inputs, method, stored=table, range_steps={})
+    clipping = {"weight clipping": RANGE_STEPS["weight clipping"]}  # a layer is judged by the scales it will have
+    plain, table = prepare(graph, inputs, method, stored=table, range_steps=clipping)
     costs: list[LayerCost] = []
     if config.sensitivity or config.budget is not None:
         costs = layer_costs(plain, inputs[: config.limit])

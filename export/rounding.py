@@ -149,7 +149,13 @@ def measure_moments(
     return moments
 
 
-def inputs_of(layer: Layer, shape: tuple[int, ...], activation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def inputs_of(
+    layer: Layer,
+    shape: tuple[int, ...],
+    activation: np.ndarray,
+    rng: np.random.Generator,
+    positions: int = POSITIONS,
+) -> np.ndarray:
     """What a layer multiplies by its weights at some positions, drawn at random.
 
     Args:
@@ -157,19 +163,20 @@ def inputs_of(layer: Layer, shape: tuple[int, ...], activation: np.ndarray, rng:
         shape: of its weights.
         activation: (1, C, H, W) for a convolution, else (..., K); float32.
         rng: draws the positions.
+        positions: how many at most.
 
     Returns:
-        (groups, n, K), n at most ``POSITIONS``.
+        (groups, n, K), n at most ``positions``.
     """
     if layer.node.op_type != "Conv":
         rows = activation.reshape(-1, layer.inputs)
-        return rows[rng.permutation(len(rows))[:POSITIONS]][None]
+        return rows[rng.permutation(len(rows))[:positions]][None]
     top, left, bottom, right = attribute(layer.node, "pads", [0, 0, 0, 0])
     padded = np.pad(activation[0], ((0, 0), (top, bottom), (left, right)))
     steps = attribute(layer.node, "strides", [1, 1])
     windows = np.lib.stride_tricks.sliding_window_view(padded, shape[2:], axis=(1, 2))  # (C, H, W, h, w)
     windows = windows[:, :: steps[0], :: steps[1]]
-    rows, columns = np.divmod(rng.permutation(windows.shape[1] * windows.shape[2])[:POSITIONS], windows.shape[2])
+    rows, columns = np.divmod(rng.permutation(windows.shape[1] * windows.shape[2])[:positions], windows.shape[2])
     picked = windows[:, rows, columns].reshape(layer.groups, shape[1], len(rows), -1)
     return picked.transpose(0, 2, 1, 3).reshape(layer.groups, len(rows), layer.inputs)
 

@@ -96,3 +96,16 @@ def test_int8_accuracy_judges_each_step(tmp_path: Path) -> None:
         assert result["accuracy"]["n"] == result["parity"]["n"] == 12
         assert result["parity"]["cosine_min"] > 0.99
         assert (result["vs_fp32"]["top1_drop_points"] == 0) or result["steps"] != "fp32"
+
+
+def test_ssl_cifar10_judges_a_method_and_does_nothing_twice(small_fashion: Path, tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "examples/ssl_cifar10.py", "--data", small_fashion, "--out", tmp_path / "runs"]
+    size = ["--channels", "8", "8", "8", "16", "--epochs", "1", "--images", "80", "--limit", "40", "--seeds", "3"]
+    command += [*size, "--methods", "moco", "--json", tmp_path / "out.json"]
+    for trains in (True, False):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert ("moco, seed 3" in done.stderr) == trains
+        (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
+        assert (result["method"], result["seed"], result["settings"]["epochs"]) == ("moco", 3, 1)
+        assert {result["knn"][kind]["n"] for kind in ("pixels", "random_init", "pretrained")} == {40}

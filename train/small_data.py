@@ -10,7 +10,8 @@ images. The rules are ours:
 - What lasts a number of epochs (warm-ups, what is frozen at first, the start of a queue) keeps its share of the run.
 - Outputs and prototypes go with the square root of the number of images.
 - MoCo's queue holds half of the images at most, so that an image seldom meets its own key; SwAV's keeps its number of
-  batches.
+  batches. Keys are normalized in groups of 32, two at least: where the last maps have one position, as at 32 px, the
+  statistics of eight images are noise.
 - The teacher, or key network, averages over a fiftieth of the run at most.
 - With fewer than 10,000 steps the teacher's temperature stays where it starts; with fewer than 100,000 images MoCo's is
   at most 0.1.
@@ -31,6 +32,7 @@ MIN_BATCH = 64
 MIN_OUTPUTS = 64
 MAX_AVERAGED_SHARE = 1 / 50
 MIN_MOMENTUM = 0.9
+MIN_KEY_GROUP = 32
 FEW_STEPS = 10_000
 FEW_IMAGES = 100_000
 SMALL_DATA_TEMPERATURE = 0.1
@@ -84,6 +86,7 @@ def fit_to_data(config: PretrainConfig, num_images: int) -> tuple[PretrainConfig
         change("teacher_temperature", recipe.teacher_temperature_start)
     if config.method == "mocov2":
         change("queue_size", max(batch_size, min(recipe.queue_size, num_images // 2)))
+        change("key_groups", max(2, min(recipe.key_groups, batch_size // MIN_KEY_GROUP)))
         if num_images < FEW_IMAGES:
             change("temperature", min(recipe.temperature, SMALL_DATA_TEMPERATURE))
     if config.method == "swav":

@@ -40,10 +40,15 @@ def test_three_thousand_images():
     assert config.teacher_momentum == pytest.approx(1 - 50 / steps, abs=1e-6)
     assert config.teacher_temperature == 0.04
     config, _ = fit_to_data(moco_cnn(DATA, OUT), 3000)
-    assert (config.queue_size, config.temperature) == (1500, 0.1)
+    assert (config.queue_size, config.temperature, config.key_groups) == (1500, 0.1, 2)
     assert config.teacher_momentum == config.teacher_momentum_end == pytest.approx(1 - 50 / steps, abs=1e-6)
     config, _ = fit_to_data(swav_cnn(DATA, OUT), 3000)
     assert config.queue_size == 3840 * 64 // 1024
+
+
+def test_groups_of_keys_keep_32_images():
+    groups = {images: fit_to_data(moco_cnn(DATA, OUT), images)[0].key_groups for images in (7_000, 13_000, 60_000)}
+    assert groups == {7_000: 4, 13_000: 8, 60_000: 8}
 
 
 def test_durations_keep_their_share_of_a_short_run():

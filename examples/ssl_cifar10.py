@@ -60,6 +60,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "teacher_momentum_end": 0.995,
     },
     "dino": {
+        "local_area": (0.3, 0.8),
         "head_outputs": 1024,
         "teacher_temperature": 0.04,
         "teacher_temperature_warmup_epochs": 0.0,
@@ -67,7 +68,14 @@ METHODS: dict[str, dict[str, Any]] = {
         "freeze_last_layer_epochs": 0.2,
         "koleo_weight": 0.05,
     },
-    "swav": {"head_outputs": 512, "queue_size": 0, "freeze_last_layer_epochs": 0.3},
+    "swav": {
+        "local_area": (0.3, 0.8),
+        "base_lr": 0.002,
+        "warmup_lr": 0.0,
+        "head_outputs": 128,
+        "queue_size": 0,
+        "freeze_last_layer_epochs": 1000.0,  # the prototypes stay: trained, they and the embeddings fell together
+    },
 }
 KINDS = ("pixels", "random_init", "pretrained")
 

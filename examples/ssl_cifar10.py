@@ -74,7 +74,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "warmup_lr": 0.0,
         "head_outputs": 128,
         "queue_size": 0,
-        "freeze_last_layer_epochs": 1000.0,  # the prototypes stay: trained, they and the embeddings fell together
+        "sinkhorn_epsilon": 0.01,  # 64 images do not fill 128 prototypes: a smoother assignment is nearly none
+        "temperature": 0.05,
     },
 }
 KINDS = ("pixels", "random_init", "pretrained")

@@ -19,7 +19,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--image-px", type=int, default=224, help="of the networks with random weights")
     parser.add_argument("--calibration-images", type=int, default=32)
     parser.add_argument("--test-images", type=int, default=64)
+    parser.add_argument("--runtimes", nargs="*", choices=BACKENDS, default=list(BACKENDS), help="default both")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--inferences", type=int, default=12, help="per network and round")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
@@ -112,7 +113,7 @@ def measure(model: Any, spec: ModelSpec, given: argparse.Namespace) -> dict[str,
     labels = images.labels[picked] if images.labels is not None and tuple(images.classes) == spec.labels else None
     runtimes = {}
     with tempfile.TemporaryDirectory() as temporary:
-        files = write_files(model, spec, photos.inputs, Path(temporary))
+        files = write_files(model, spec, photos.inputs, Path(temporary), given.runtimes)
         for runtime, paths in files.items():
             backends, refused = open_all(runtime, paths)
             samples = take_turns(backends, inputs, given.rounds, given.inferences)
@@ -138,8 +139,10 @@ def open_all(runtime: str, paths: dict[str, Path]) -> tuple[dict[str, Backend], 
     return backends, refused
 
 
-def write_files(model: Any, spec: ModelSpec, photos: np.ndarray, folder: Path) -> dict[str, dict[str, Path]]:
-    """Runtime -> name of a form -> its file. FP32 is the first of each."""
+def write_files(
+    model: Any, spec: ModelSpec, photos: np.ndarray, folder: Path, runtimes: Sequence[str]
+) -> dict[str, dict[str, Path]]:
+    """Runtime -> name of a form -> its file. FP32 is the first of each. NNCF's only where it is for OpenVINO too."""
     graph = export_onnx(fold_batch_norm(model, spec.input_px), spec.input_px, "logits")
     transformer = is_transformer(graph)
     prepared, _ = prepare(graph, photos, "mse")
@@ -150,14 +153,18 @@ def write_files(model: Any, spec: ModelSpec, photos: np.ndarray, folder: Path) -
         save_onnx(prepared.quantize(f"onnx-int8-{name}"), both[name])
     both["quantize_static defaults"] = folder / "static.onnx"
     quantize_static(both["fp32"], both["quantize_static defaults"], photos)
-    ort = {**both, "NNCF defaults": folder / "nncf.onnx"}
-    openvino = {**both, "NNCF defaults": folder / "nncf" / "model.xml", "openvino": folder / "openvino" / "model.xml"}
-    quantize_nncf(both["fp32"], ort["NNCF defaults"], openvino["NNCF defaults"], photos)
-    quantize_openvino(both["fp32"], openvino["openvino"], photos, transformer)
-    if transformer:
-        ort["dynamic"] = folder / "dynamic.onnx"
-        save_onnx(quantize_dynamic(prepared.graph), ort["dynamic"])
-    return {"onnxruntime": ort, "openvino": openvino}
+    files = {runtime: dict(both) for runtime in runtimes}
+    if "openvino" in files:
+        by_nncf = {"onnxruntime": folder / "nncf.onnx", "openvino": folder / "nncf" / "model.xml"}
+        quantize_nncf(both["fp32"], *by_nncf.values(), photos)
+        for runtime in runtimes:
+            files[runtime]["NNCF defaults"] = by_nncf[runtime]
+        files["openvino"]["openvino"] = folder / "openvino" / "model.xml"
+        quantize_openvino(both["fp32"], files["openvino"]["openvino"], photos, transformer)
+    if transformer and "onnxruntime" in files:
+        files["onnxruntime"]["dynamic"] = folder / "dynamic.onnx"
+        save_onnx(quantize_dynamic(prepared.graph), files["onnxruntime"]["dynamic"])
+    return files
 
 
 class Photos:

@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter, ImageOps
 from midge.runtime.errors import UserError
 from midge.train.cpu_views import Normalizer, cut_batch
 from midge.train.device_views import DeviceViews, pack_batch
-from midge.train.executors import choose_executor, rendered
+from midge.train.executors import choose_executor, map_tensors, rendered
 from midge.train.sampling import ViewSampler
 from midge.train.views import AUGMENTATIONS, LUMA, blur_range_px, view_policy
 
@@ -51,8 +51,17 @@ def by_cpu(images, parameters):
     return Normalizer(*LEVELS, CPU)(cut_batch(chunks, len(images), POLICY))
 
 
-def by_device(images, parameters):
-    return DeviceViews(POLICY, *LEVELS, 2.0, CPU)(pack_batch([(images, parameters)], len(images), POLICY))
+def by_device(images, parameters, device=CPU):
+    batch = map_tensors(pack_batch([(images, parameters)], len(images), POLICY), lambda tensor: tensor.to(device))
+    return map_tensors(DeviceViews(POLICY, *LEVELS, 2.0, device)(batch), torch.Tensor.cpu)
+
+
+def by_gpu(images, parameters):
+    return by_device(images, parameters, torch.device("cuda"))
+
+
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+EXECUTORS = [by_cpu, by_device, pytest.param(by_gpu, marks=no_gpu)]
 
 
 def part(parameters, images):
@@ -107,7 +116,7 @@ def differences(views, drawn, chain):
     return np.array(rows).T
 
 
-@pytest.mark.parametrize("executor", [by_cpu, by_device])
+@pytest.mark.parametrize("executor", EXECUTORS)
 def test_every_view_follows_the_law(drawn, executor):
     mean, largest, nearly_all, solarized = differences(executor(*drawn), drawn, float_chain)
     plain = solarized == 0
@@ -121,7 +130,7 @@ def test_every_view_follows_the_law(drawn, executor):
     assert solarized.sum() >= 1
 
 
-@pytest.mark.parametrize("executor", [by_cpu, by_device])
+@pytest.mark.parametrize("executor", EXECUTORS)
 def test_every_view_is_near_the_pillow_recipe(drawn, executor):
     mean, largest, nearly_all, solarized = differences(executor(*drawn), drawn, pillow_chain)
     plain = solarized == 0

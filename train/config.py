@@ -131,6 +131,9 @@ class PretrainConfig:
     """DINO's last layer, or SwAV's prototypes, are not trained for so long."""
     queue_size: int = 0
     """Embeddings kept of earlier images: MoCo v2's keys; SwAV's, of each global view. 0 is none, which SwAV allows."""
+    koleo_weight: float = 0.0
+    """Weight of the KoLeo term, which spreads the trained network's embeddings of a batch; the three methods have none,
+    DINOv2 has 0.1."""
     freeze_batch_norm: bool = False
     """Keep the backbone's batch normalization at its initial statistics, 0 and 1; for runs of some thousand steps."""
 
@@ -145,8 +148,6 @@ class PretrainConfig:
     """Length of the linear warm-up of the teacher's temperature; cut at the run's end."""
     center_momentum: float = 0.9
     """Share of the old centre in the moving average of the teacher's outputs."""
-    koleo_weight: float = 0.0
-    """Weight of the KoLeo term, which spreads the student's embeddings of a batch; DINO has none, DINOv2 has 0.1."""
 
     # SwAV.
     sinkhorn_epsilon: float = 0.05

@@ -4,8 +4,7 @@ A student learns to predict, from every view, what its teacher says of the globa
 average of the student. Centring keeps the teacher from choosing one output for all images, its low temperature keeps
 it from giving all outputs alike.
 
-Two things are not DINO's, and off by default. The KoLeo term (Sablayrolles et al., 2019, arXiv 1806.03198, equation 2;
-in self-supervision Oquab et al., 2023, arXiv 2304.07193) keeps the embeddings from falling into few dimensions. And
+Two things are not DINO's, and off by default. The KoLeo term keeps the embeddings from falling into few dimensions. And
 batch normalization may keep its initial statistics: in a network without training, normalizing layer upon layer
 amplifies what differs between two views of an image, so that the teacher has next to nothing to teach at first.
 """
@@ -15,16 +14,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .averages import update_ema
 from .backbones import MultiCropNetwork
 from .heads import DINOHead, at_least_float32
-from .losses import cross_entropy
+from .losses import cross_entropy, koleo
 from .method import Losses, Views
 from .ranks import mean_over_ranks
-
-KOLEO_EPSILON = 1e-6  # two images alike would otherwise have an infinite loss
 
 
 class DINO(nn.Module):
@@ -107,8 +103,8 @@ class DINO(nn.Module):
         loss_local = cross_entropy(teacher.mean(dim=0), student_locals)
         total = self.weight_global * loss_global + self.weight_local * loss_local
         if self.koleo_weight:
-            both = student_embeddings[: 2 * num_images].chunk(2)  # (N, D) each
-            total = total + self.koleo_weight * (koleo(both[0]) + koleo(both[1])) / 2
+            both = student_embeddings[: 2 * num_images].unflatten(0, (2, num_images))
+            total = total + self.koleo_weight * koleo(both)
         return Losses(total, loss_global.detach(), loss_local.detach(), embeddings)
 
     def frozen(self, step: int) -> tuple[nn.Parameter, ...]:
@@ -122,18 +118,3 @@ class DINO(nn.Module):
         mean = mean_over_ranks(torch.stack(self._teacher_means).mean(dim=0))
         self._teacher_means.clear()
         self.center.lerp_(mean, 1 - self.center_momentum)
-
-
-def koleo(embeddings: Tensor) -> Tensor:
-    """The KoLeo term: mean of -log of the distance to the nearest neighbour on the unit sphere.
-
-    Args:
-        embeddings: (N, D) of N different images, N >= 2.
-
-    Returns:
-        Scalar; the lower, the more evenly they are spread.
-    """
-    directions = functional.normalize(at_least_float32(embeddings), dim=1)
-    with torch.no_grad():
-        nearest = (directions @ directions.T).fill_diagonal_(-2).argmax(dim=1)
-    return -((directions - directions[nearest]).norm(dim=1) + KOLEO_EPSILON).log().mean()

@@ -126,6 +126,7 @@ def build_swav(plan: Plan) -> SwAV:
         queue_size=config.queue_size,
         queue_start_step=plan.steps_of(config.queue_start_epochs),
         freeze_prototypes_steps=plan.steps_of(config.freeze_last_layer_epochs),
+        koleo_weight=config.koleo_weight,
     )
 
 
@@ -149,6 +150,7 @@ def build_mocov2(plan: Plan) -> MoCoV2:
         queue_size=config.queue_size,
         key_groups=config.key_groups,
         keep_key=config.export_weights == "teacher",
+        koleo_weight=config.koleo_weight,
     )
 
 

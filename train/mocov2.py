@@ -19,6 +19,7 @@ from torch.nn import functional
 from .averages import update_ema
 from .backbones import MultiCropNetwork, has_batch_norm
 from .heads import ProjectionHead, without_autocast
+from .losses import koleo
 from .method import Losses, Views
 from .queues import write_ring
 from .ranks import gather_over_ranks, rank, world_size
@@ -37,6 +38,7 @@ class MoCoV2(nn.Module):
         queue_size: keys kept.
         key_groups: groups over all processes that the keys are normalized in; at least one on each.
         keep_key: the key network's backbone is the result, not the query's.
+        koleo_weight: weight of the KoLeo term on the embeddings of the global query.
     """
 
     queue: Tensor
@@ -53,6 +55,7 @@ class MoCoV2(nn.Module):
         queue_size: int,
         key_groups: int,
         keep_key: bool = False,
+        koleo_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.query = query
@@ -64,6 +67,7 @@ class MoCoV2(nn.Module):
         self.temperature = temperature
         self.key_momentum = key_momentum
         self.key_groups = key_groups
+        self.koleo_weight = koleo_weight
         self.kept = self.key if keep_key else self.query
         start = torch.randn(queue_size, query.head.out_features)
         self.register_buffer("queue", functional.normalize(start, dim=1))
@@ -90,6 +94,8 @@ class MoCoV2(nn.Module):
         losses = info_nce(queries.unflatten(0, (-1, num_images)), keys, self.queue, self.temperature)  # (1 + L, N)
         loss_global, loss_local = losses[0].mean(), losses[1:].mean()
         total = self.weight_global * loss_global + self.weight_local * loss_local
+        if self.koleo_weight:
+            total = total + self.koleo_weight * koleo(embeddings[None, :num_images])
         return Losses(total, loss_global.detach(), loss_local.detach(), embeddings[:num_images].detach())
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from .backbones import MultiCropNetwork
 from .heads import ProjectionHead, at_least_float32, without_autocast
-from .losses import cross_entropy
+from .losses import cross_entropy, koleo
 from .method import Losses, Views
 from .queues import write_ring
 from .ranks import gather_over_ranks, max_over_ranks, rank, sum_over_ranks, world_size
@@ -33,6 +33,7 @@ class SwAV(nn.Module):
         queue_size: embeddings kept of each of the two global views; 0 for none.
         queue_start_step: the queue is filled from this step on, and used once it is full.
         freeze_prototypes_steps: the prototypes are not trained in the first so many steps.
+        koleo_weight: weight of the KoLeo term on the embeddings of global views.
     """
 
     prototypes: nn.Parameter
@@ -51,6 +52,7 @@ class SwAV(nn.Module):
         queue_size: int,
         queue_start_step: int,
         freeze_prototypes_steps: int,
+        koleo_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.network = network
@@ -63,6 +65,7 @@ class SwAV(nn.Module):
         self.iterations = iterations
         self.queue_start_step = queue_start_step
         self.freeze_prototypes_steps = freeze_prototypes_steps
+        self.koleo_weight = koleo_weight
         self.register_buffer("queue", torch.zeros(2, queue_size, network.head.out_features))
         self._fresh: list[Tensor] = []  # (2, N, D) each, of the step's parts
 
@@ -91,6 +94,9 @@ class SwAV(nn.Module):
         # Every assignment with every local view: cross-entropy is linear in the target, so the mean of both will do.
         loss_local = cross_entropy(targets.mean(dim=0), predictions_local)
         total = self.weight_global * loss_global + self.weight_local * loss_local
+        if self.koleo_weight:
+            both = embeddings[: 2 * num_images].unflatten(0, (2, num_images))
+            total = total + self.koleo_weight * koleo(both)
         return Losses(total, loss_global.detach(), loss_local.detach(), embeddings[: 2 * num_images].detach())
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import nn
 
 from midge.train.averages import update_ema
 from midge.train.backbones import MultiCropNetwork
-from midge.train.dino import DINO, koleo
+from midge.train.dino import DINO
 from midge.train.heads import DINOHead
 from midge.train.losses import cross_entropy
 from midge.train.method import Views
@@ -211,39 +211,6 @@ def test_backbone_sees_each_size_by_itself_and_the_head_sees_all():
     dino.student.head.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
     dino.loss(batch, 0)
     assert (sizes, rows) == ([8, 5], [(2 + NUM_LOCAL) * NUM_IMAGES])
-
-
-def slow_koleo(embeddings):
-    """-log of the distance to the nearest other embedding, image by image."""
-    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-    terms = []
-    for i in range(len(unit)):
-        distances = [np.linalg.norm(unit[i] - unit[j]) for j in range(len(unit)) if j != i]
-        terms.append(-np.log(min(distances) + 1e-6))
-    return np.mean(terms)
-
-
-def test_koleo_term_equals_plain_loops_over_each_global_view():
-    dino, batch = method(koleo_weight=0.3), views()
-    losses = dino.loss(batch, 0)
-    plain = 0.4 * losses.global_pairs.item() + 0.6 * losses.local_pairs.item()
-    embeddings = copy.deepcopy(dino.student).double().backbone(batch.global_views.double()).detach().numpy()
-    term = (slow_koleo(embeddings[:NUM_IMAGES]) + slow_koleo(embeddings[NUM_IMAGES:])) / 2
-    assert losses.total.item() == pytest.approx(plain + 0.3 * term, rel=1e-5)
-    assert method().loss(batch, 0).total.item() == pytest.approx(plain, rel=1e-6)
-
-
-def test_koleo_drives_embeddings_apart_and_bears_two_alike():
-    torch.manual_seed(0)
-    embeddings = torch.randn(8, 4)
-    embeddings[1] = embeddings[0]
-    embeddings.requires_grad_()
-    before = koleo(embeddings)
-    assert torch.isfinite(before) and before > 3  # two of eight have a distance of 0: 2/8 of -log(1e-6)
-    apart = torch.randn(8, 4, requires_grad=True)
-    first = koleo(apart)
-    (gradient,) = torch.autograd.grad(first, apart)
-    assert koleo(apart - 0.05 * gradient) < first
 
 
 def test_frozen_batch_normalization_keeps_its_statistics_in_every_mode():

@@ -9,7 +9,8 @@ a network of half the width, which takes a quarter of the arithmetic.
 The settings differ from the paper's recipes in what 1,250 steps of 64 images at 32 px ask for, found on training images
 that were held out: batch normalization at its initial statistics (the last maps are of one position, and the statistics
 of 64 values are noise), views that show more of an image, AdamW, and for MoCo a queue of two batches, as a network that
-moves fast tells older keys by their age.
+moves fast tells older keys by their age. For SwAV half as many prototypes as images in a batch, hard assignments, and
+KoLeo: by smoother ones all images become alike.
 """
 
 from __future__ import annotations
@@ -72,10 +73,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "local_area": (0.3, 0.8),
         "base_lr": 0.002,
         "warmup_lr": 0.0,
-        "head_outputs": 128,
+        "head_outputs": 32,
         "queue_size": 0,
-        "sinkhorn_epsilon": 0.01,  # 64 images do not fill 128 prototypes: a smoother assignment is nearly none
+        "sinkhorn_epsilon": 0.01,
         "temperature": 0.05,
+        "koleo_weight": 0.1,
     },
 }
 KINDS = ("pixels", "random_init", "pretrained")

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ ROW_FIELDS = {
     *("variant", "runtime", "threads", "top1", "n", "top1_ci95", "p50_ms", "p90_ms", "p50_ci95"),
     *("int8_mac_share", "peak_rss_mib", "size_bytes", "valid"),
 }
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 TINY = ["--epochs", "2", "--batch-size", "32", "--labels", "100", "--test-limit", "60", "--protocol", "smoke"]
 
 
@@ -35,12 +37,21 @@ def midge(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+def readme_command(data: Path, out: Path) -> list[str]:
+    """The README's `midge run`, into other folders."""
+    (command,) = re.findall(r"^midge (run .*)$", README, flags=re.MULTILINE)
+    words = shlex.split(command)
+    for flag, folder in (("--data", data), ("--out", out)):
+        words[words.index(flag) + 1] = str(folder)
+    return words
+
+
 class Finished:
     """A finished quickstart and what it printed."""
 
     def __init__(self, out: Path, data: Path) -> None:
         self.out, self.data = out, data
-        self.command = ["run", "quickstart", "--data", data, "--out", out, *TINY]
+        self.command = [*readme_command(data, out), *TINY]
         self.done = midge(*self.command)
         # 1: a threshold was missed, as INT8 of a network that has hardly been trained may
         assert self.done.returncode in (0, 1), self.done.stdout + self.done.stderr

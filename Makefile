@@ -32,7 +32,7 @@ demo: $(STAMP) $(DATA)/SOURCE.json ## The main job: pretrain, export, quantize, 
 # Two processes with a thread each: more threads than cores wait for each other. Only a test whose process died is run
 # again, once; a failed assertion never is. CONTRIBUTING says why.
 test: check ## Install, lint, type-check and run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --reruns 1 --only-rerun 'crashed while running' $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --reruns 1 --only-rerun 'crashed while running' $(PYTEST_ARGS)
 
 check: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check .

@@ -117,6 +117,8 @@ def dispatch(argv: Sequence[str]) -> int:
     command = COMMANDS[name]
     default = {"default": load(command.defaults)(arguments)} if command.defaults else {}
     config = tyro.cli(load(command.config), prog=f"midge {name}", args=arguments, **default)
+    if hasattr(config, "check"):
+        config.check()  # at once: the function's module may take seconds to import
     return load(command.function)(config)
 
 

@@ -27,6 +27,7 @@ ROW_FIELDS = {
     *("variant", "runtime", "threads", "top1", "n", "top1_ci95", "p50_ms", "p90_ms", "p50_ci95"),
     *("int8_mac_share", "peak_rss_mib", "size_bytes", "valid"),
 }
+pytestmark = pytest.mark.xdist_group("pipeline")  # one process: the quickstart that they look at takes a minute
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 TINY = ["--epochs", "2", "--batch-size", "32", "--labels", "100", "--test-limit", "60", "--protocol", "smoke"]
 

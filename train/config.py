@@ -7,8 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.errors import UserError, check_ranges
+from ..runtime.errors import UserError, check_ranges, unknown_name
 from ..runtime.preprocess import IMAGENET_MEAN, IMAGENET_STD
+
+# Here, so that a slip is told before torch is imported; what the names stand for is in the modules that need torch.
+NAMES: dict[str, tuple[str, ...]] = {
+    "method": ("dino", "mocov2", "swav"),
+    "optimizer": ("lars", "adamw"),
+    "device": ("auto", "cpu", "cuda", "mps"),
+    "precision": ("32-true", "bf16-mixed", "16-mixed"),
+}
+"""Field -> the names that it can have."""
 
 
 @dataclass(frozen=True)
@@ -180,12 +189,15 @@ class PretrainConfig:
     """Print one JSON document at the end instead of text."""
 
     def check(self) -> None:
-        """Refuse values that no run can have; names are checked where they are looked up.
+        """Refuse values that no run can have; views and backbone are checked where they are looked up.
 
         Raises:
-            UserError: a value is out of range.
+            UserError: a value is out of range, or there is no such name.
         """
         check_ranges(self, RANGES)
+        for field, names in NAMES.items():
+            if getattr(self, field) not in names:
+                raise unknown_name(field, getattr(self, field), names)
         if not self.epochs > 0:
             raise UserError(f"--epochs is {self.epochs:g}: give a value above 0.")
         if self.resize_px is not None and self.resize_px < self.image_px:

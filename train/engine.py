@@ -11,11 +11,8 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies.ddp import DDPStrategy
 
-from ..runtime.errors import UserError, unknown_name
-from .config import PretrainConfig
-
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-DEVICES = ("auto", "cpu", "cuda", "mps")
+from ..runtime.errors import UserError
+from .config import NAMES, PretrainConfig
 
 Result = TypeVar("Result")
 
@@ -24,16 +21,12 @@ def build_fabric(config: PretrainConfig) -> Fabric:
     """The engine of this process, joined with those of the other processes of the run.
 
     Raises:
-        UserError: no such device or precision, or not here.
+        UserError: no such device or precision here.
     """
-    if config.device not in DEVICES:
-        raise unknown_name("device", config.device, DEVICES)
-    if config.precision not in PRECISIONS:
-        raise unknown_name("precision", config.precision, PRECISIONS)
     gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     available = {"auto": True, "cpu": True, **gpus}
     if not available[config.device]:
-        usable = ", ".join(name for name in DEVICES if available[name])
+        usable = ", ".join(name for name in NAMES["device"] if available[name])
         raise UserError(f"--device {config.device}: torch finds no such device here; choose one of {usable}.")
     if config.precision == "16-mixed" and (config.device == "cpu" or not any(gpus.values())):
         raise UserError("--precision 16-mixed needs a GPU: choose bf16-mixed or 32-true.")

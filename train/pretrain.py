@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ..runtime.errors import require, unknown_name
+from ..runtime.errors import require
 from ..runtime.images import ImageList, fingerprint, list_images
 from ..runtime.progress import say
 from .config import PretrainConfig
@@ -21,8 +21,6 @@ try:
     from .decode_cache import open_cache
     from .engine import build_fabric, lost_process, on_first_rank
     from .executors import choose_executor
-    from .methods import METHODS
-    from .optim import OPTIMIZERS
     from .trainer import Trainer
 except ModuleNotFoundError as error:
     require((error.name or "torch").partition(".")[0], "train")
@@ -42,9 +40,6 @@ def pretrain(config: PretrainConfig) -> int:
         UserError: something given cannot work; what lies in the run folder is whole.
     """
     config.check()
-    for kind, name, table in (("method", config.method, METHODS), ("optimizer", config.optimizer, OPTIMIZERS)):
-        if name not in table:
-            raise unknown_name(kind, name, table)
     fabric = build_fabric(config)
     images = list_images(config.data, config.limit, config.seed)
     changed = {}

@@ -9,7 +9,7 @@ import pytest
 import tyro
 
 from midge.runtime.errors import UserError
-from midge.train.config import OPERATIONAL_FIELDS, RANGES, PretrainConfig
+from midge.train.config import NAMES, OPERATIONAL_FIELDS, RANGES, PretrainConfig
 from midge.train.recipes import RECIPES, dino_cnn, dino_vit, quickstart
 
 DATA, OUT = Path("data"), Path("out")
@@ -109,3 +109,27 @@ def test_configuration_imports_no_torch():
         "import sys, midge.train.config, midge.train.recipes, midge.train.run_folder; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_are_those_of_the_tables():
+    from midge.train.methods import METHODS
+    from midge.train.optim import OPTIMIZERS
+
+    assert set(NAMES["method"]) == set(METHODS)
+    assert set(NAMES["optimizer"]) == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "says"),
+    [("--method", "byol", "Unknown method 'byol': choose one of dino"), ("--epochs", "0", "--epochs is 0")],
+)
+def test_slips_are_told_before_torch_is_imported(tmp_path, flag, value, says):
+    script = (
+        "import sys\n"
+        "from midge.__main__ import main\n"
+        f"code = main(['pretrain', '--data', 'x', '--out', {str(tmp_path / 'run')!r}, {flag!r}, {value!r}])\n"
+        "sys.exit('torch is imported' if 'torch' in sys.modules else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert says in done.stderr

@@ -156,7 +156,7 @@ def write_files(
     files = {runtime: dict(both) for runtime in runtimes}
     if "openvino" in files:
         by_nncf = {"onnxruntime": folder / "nncf.onnx", "openvino": folder / "nncf" / "model.xml"}
-        quantize_nncf(both["fp32"], *by_nncf.values(), photos)
+        quantize_nncf(both["fp32"], by_nncf["onnxruntime"], by_nncf["openvino"], photos)
         for runtime in runtimes:
             files[runtime]["NNCF defaults"] = by_nncf[runtime]
         files["openvino"]["openvino"] = folder / "openvino" / "model.xml"

@@ -9,6 +9,8 @@ from midge.train.losses import koleo
 from midge.train.methods import METHODS, Plan
 from midge.train.views import view_policy
 
+PARTS = ("student", "query", "network")  # what each method calls the network that learns
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -44,13 +46,18 @@ def test_koleo_drives_embeddings_apart_and_bears_two_alike():
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_each_method_adds_the_term_of_its_global_views(tiny, tiny_views, tmp_path, name):
-    views, found = tiny_views(6, 2), {}
+    views, found, gradients = tiny_views(6, 2), {}, []
     for weight in (0.0, 0.3):
         config = tiny(tmp_path, tmp_path / "run", method=name, queue_size=8, koleo_weight=weight)
         backbone = find_backbone(config.backbone, config.image_px, config.channels)
         torch.manual_seed(0)
         plan = Plan(config, backbone, view_policy("lowcompute", "cnn", 32), steps_per_epoch=3, steps=6)
-        found[weight] = METHODS[name](plan).loss(views, 0)
+        method = METHODS[name](plan)
+        found[weight] = method.loss(views, 0)
+        found[weight].total.backward()
+        trained = next(module for module in (getattr(method, part, None) for part in PARTS) if module is not None)
+        gradients.append(trained.backbone.conv1.weight.grad)
     embeddings = found[0.3].embeddings.double().numpy()  # of the global views that are trained on
     term = slow_koleo(embeddings.reshape(-1, 6, embeddings.shape[1]))
+    assert not torch.allclose(*gradients)  # it is of the network that learns
     assert found[0.3].total.item() == pytest.approx(found[0.0].total.item() + 0.3 * term, rel=1e-5)

@@ -10,7 +10,7 @@ The settings differ from the paper's recipes in what 1,250 steps of 64 images at
 that were held out: batch normalization at its initial statistics (the last maps are of one position, and the statistics
 of 64 values are noise), views that show more of an image, AdamW, and for MoCo a queue of two batches, as a network that
 moves fast tells older keys by their age. For SwAV half as many prototypes as images in a batch, hard assignments, and
-KoLeo: by smoother ones all images become alike.
+KoLeo: with smoother ones most runs made all images alike.
 """
 
 from __future__ import annotations

@@ -30,9 +30,9 @@ demo: $(STAMP) $(DATA)/SOURCE.json ## The main job: pretrain, export, quantize, 
 	$(BIN)/midge run quickstart --data $(DATA) --out $(DEMO) --resume
 
 # Two processes with a thread each: more threads than cores wait for each other. Only a test whose process died is run
-# again, once; a failed assertion never is. CONTRIBUTING says why.
+# again, once; a failed assertion never is. CONTRIBUTING says why, and why the tests are dealt out by worksteal.
 test: check ## Install, lint, type-check and run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --reruns 1 --only-rerun 'crashed while running' $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --reruns 1 --only-rerun 'crashed while running' $(PYTEST_ARGS)
 
 check: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check .

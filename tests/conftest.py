@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.server
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 TRAIN_IMAGES, TEST_IMAGES = 300, 120
@@ -19,27 +21,55 @@ settings.register_profile("midge", deadline=None)  # how long an example takes o
 settings.load_profile("midge")
 
 
+Once = Callable[[str, Callable[[Path], None]], Path]
+
+
 @pytest.fixture(scope="session")
-def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Make a folder once for all of xdist's processes: ``once(name, make)``, the others wait while the first makes it.
+
+    ``make(folder)`` gets a folder that does not exist; what it leaves there is read by every process and changed by
+    none. One that failed, or whose process died, is made anew.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def find(name: str, make: Callable[[Path], None]) -> Path:
+        made = shared / f"{name}.made"  # leads to the folder
+        with FileLock(shared / f"{name}.lock"):
+            if not made.exists():
+                folder = tmp_path_factory.mktemp(name) / name
+                make(folder)
+                made.symlink_to(folder)
+        return made.resolve()
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def fashion(once: Once) -> Path:
     """All of Fashion-MNIST, from the Debian package where it is installed, else downloaded by torchvision."""
     from midge.__main__ import main
 
-    folder = tmp_path_factory.mktemp("data") / "fashion-mnist"
-    assert main(["data", "fetch", "fashion-mnist", "--out", str(folder)]) == 0
-    return folder
+    def fetch(folder: Path) -> None:
+        assert main(["data", "fetch", "fashion-mnist", "--out", str(folder)]) == 0
+
+    return once("fashion-mnist", fetch)
 
 
 @pytest.fixture(scope="session")
-def small_fashion(fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_fashion(once: Once, fashion: Path) -> Path:
     """The first images of each class: 300 to train on, 120 to test on."""
-    folder = tmp_path_factory.mktemp("small") / "fashion-mnist"
-    for split, number in (("train", TRAIN_IMAGES), ("test", TEST_IMAGES)):
-        for source in sorted((fashion / split).iterdir()):
-            target = folder / split / source.name
-            target.mkdir(parents=True)
-            for path in sorted(source.iterdir())[: number // 10]:
-                (target / path.name).hardlink_to(path)
-    return folder
+
+    def thin_out(folder: Path) -> None:
+        for split, number in (("train", TRAIN_IMAGES), ("test", TEST_IMAGES)):
+            for source in sorted((fashion / split).iterdir()):
+                target = folder / split / source.name
+                target.mkdir(parents=True)
+                for path in sorted(source.iterdir())[: number // 10]:
+                    (target / path.name).hardlink_to(path)
+
+    return once("small-fashion-mnist", thin_out)
 
 
 @dataclass

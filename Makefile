@@ -29,10 +29,9 @@ $(DATA)/SOURCE.json: | $(STAMP)
 demo: $(STAMP) $(DATA)/SOURCE.json ## The main job: pretrain, export, quantize, measure, compare (about 8 minutes on 2 cores)
 	$(BIN)/midge run quickstart --data $(DATA) --out $(DEMO) --resume
 
-# Two processes with a thread each: more threads than cores wait for each other. Only a test whose process died is run
-# again, once; a failed assertion never is. CONTRIBUTING says why, and why the tests are dealt out by worksteal.
+# Two processes with a thread each: more threads than cores wait for each other. CONTRIBUTING says why by worksteal.
 test: check ## Install, lint, type-check and run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --reruns 1 --only-rerun 'crashed while running' $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 check: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check .

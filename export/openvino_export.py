@@ -20,6 +20,7 @@ import numpy as np
 
 from ..runtime.errors import UserError, require
 from ..runtime.files import atomic_folder
+from ..runtime.openvino_core import openvino_core
 from ..runtime.progress import Bar
 from .delivery import Delivery
 
@@ -36,8 +37,7 @@ def save_openvino(onnx_path: Path, path: Path, delivery: Delivery | None = None,
     Raises:
         UserError: OpenVINO is not installed or cannot write.
     """
-    openvino = require("openvino", "openvino")
-    _save(openvino, openvino.Core().read_model(onnx_path), path, delivery, fp16)
+    _save(openvino_core().read_model(onnx_path), path, delivery, fp16)
 
 
 def quantize_openvino(
@@ -52,18 +52,18 @@ def quantize_openvino(
         transformer: the network has attention, whose shape NNCF should know.
         delivery: what is added to the quantized graph, if anything.
     """
-    openvino = require("openvino", "openvino")
+    core = openvino_core()
     nncf = import_nncf()
     nncf.set_log_level(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):  # where it draws progress of its own
         model = nncf.quantize(
-            openvino.Core().read_model(onnx_path),
+            core.read_model(onnx_path),
             nncf.Dataset(_Passes(images)),
             preset=nncf.QuantizationPreset.MIXED,
             subset_size=len(images),
             model_type=nncf.ModelType.TRANSFORMER if transformer else None,
         )
-    _save(openvino, model, path, delivery)
+    _save(model, path, delivery)
 
 
 def import_nncf() -> Any:
@@ -95,7 +95,7 @@ class _Passes:
                 yield image[None]
 
 
-def _save(openvino: Any, model: Any, path: Path, delivery: Delivery | None, fp16: bool = False) -> None:
+def _save(model: Any, path: Path, delivery: Delivery | None, fp16: bool = False) -> None:
     """Write a model. What OpenVINO named by a counter of the process is named by its place, for equal bytes."""
     if delivery is not None:
         model = delivery.of_openvino(model)
@@ -104,7 +104,7 @@ def _save(openvino: Any, model: Any, path: Path, delivery: Delivery | None, fp16
             operation.set_friendly_name(f"{operation.get_type_name()}_{place}")
     try:
         with atomic_folder(path.parent) as folder:
-            openvino.save_model(model, folder / path.name, compress_to_fp16=fp16)
+            require("openvino", "openvino").save_model(model, folder / path.name, compress_to_fp16=fp16)
     except RuntimeError as error:  # all it says of a full disk is "iostream error"
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"OpenVINO cannot write '{path.parent}' ({reason}): check the space on the disk.") from None

@@ -16,6 +16,7 @@ import numpy as np
 from ..runtime.backend import cannot_load
 from ..runtime.errors import require
 from ..runtime.openvino_backend import compile_settings
+from ..runtime.openvino_core import openvino_core
 
 Run = Callable[[np.ndarray], list[np.ndarray]]
 """From an image (1, 3, H, W) float32 to the chosen tensors."""
@@ -85,8 +86,7 @@ def tap_openvino(path: Path, ops: Mapping[str, str]) -> Tap:
 
     That may be a quantized one, in which activations were folded as :func:`tap_onnx` says.
     """
-    openvino = require("openvino", "openvino")
-    core = openvino.Core()
+    core = openvino_core()
     try:
         model = core.read_model(path)
     except Exception as error:  # RuntimeError mostly, but each frontend has its own

@@ -24,6 +24,7 @@ from .backend import Placement, TensorSpec, cannot_load, check_batch
 from .cpu_features import adds_in_16_bits
 from .errors import UserError, require, unknown_name
 from .macs import INTEGER_TYPES, convolution_macs, matmul_macs
+from .openvino_core import openvino_core
 
 # Node types of the runtime graph.
 CONVOLUTIONS = frozenset({"Convolution", "GroupConvolution"})
@@ -50,7 +51,7 @@ class OpenVinoBackend:
 
     def __init__(self, model: Path, threads: int, device: str | None = None, cache: Path | None = None) -> None:
         openvino = require("openvino", "openvino")
-        core = openvino.Core()
+        core = openvino_core()
         self._device = "CPU" if device is None else device
         if self._device not in core.available_devices:
             raise unknown_name("OpenVINO device", self._device, core.available_devices)

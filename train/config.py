@@ -64,6 +64,9 @@ class PretrainConfig:
     """Range of the share of the image's area that a global view shows, 0..1; default by the view policy."""
     local_area: tuple[float, float] | None = None
     """The same for a local view."""
+    jitter_strength: float | None = None
+    """Strength s of the colour jitter, as SimCLR counts it: brightness, contrast and saturation change by up to 0.8 s,
+    the hue by up to 0.2 s turns; default the method's own (SwAV's has 1)."""
     blur_px: tuple[float, float] | None = None
     """Range of the blur's standard deviation, px; default 0.1 to 2 at 224 px, in proportion at other sizes."""
     resize_px: int | None = None
@@ -242,6 +245,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "image_px": (8, 4096),
     "local_px": (4, 4096),
     "num_local": (1, 64),
+    "jitter_strength": (0, 1.25),
     "resize_px": (8, 4096),
     "epochs": (0, 1e6),
     "batch_size": (2, 2**20),

@@ -13,7 +13,7 @@ from .magnification import resolve_local_px
 from .run_folder import RunFolder, open_run
 from .sampling import ViewSampler
 from .small_data import fit_to_data
-from .views import AUGMENTATIONS, blur_range_px, min_decode_px, view_policy
+from .views import augmentations, blur_range_px, min_decode_px, view_policy
 
 try:
     from .backbones import Backbone, find_backbone
@@ -95,7 +95,7 @@ def build_dataset(config: PretrainConfig, images: ImageList, backbone: Backbone,
     policy = view_policy(config.views, backbone.family, config.image_px, backbone.patch_px, **given)
     backbone.check_views((policy.global_px, policy.local_px))
     blur_px = config.blur_px or blur_range_px(config.image_px)
-    sampler = ViewSampler(policy, AUGMENTATIONS[config.method], blur_px, config.seed)
+    sampler = ViewSampler(policy, augmentations(config.method, config.jitter_strength), blur_px, config.seed)
     executor = choose_executor(config.view_executor, config.device)
     min_px = min_decode_px(config.image_px) if config.decode_px is None else config.decode_px or None
     return ViewDataset(images, policy, sampler, config.batch_size, config.seed, share, executor, min_px)

@@ -17,7 +17,7 @@ from ..runtime.progress import say
 from .magnification import AUTO, equal_magnification_px, sample_sizes
 from .sampling import ViewSampler
 from .view_statistics import ViewStatistics, measure
-from .views import AUGMENTATIONS, VIEW_POLICIES, ViewPolicy, blur_range_px, view_policy
+from .views import AUGMENTATIONS, VIEW_POLICIES, ViewPolicy, augmentations, blur_range_px, view_policy
 from .views_config import ViewsConfig
 from .views_page import render_views, shown_range
 
@@ -65,7 +65,9 @@ def show_views(config: ViewsConfig) -> int:
 
 def build_sampler(config: ViewsConfig, policy: ViewPolicy) -> ViewSampler:
     """The sampler of a training run with this policy."""
-    return ViewSampler(policy, AUGMENTATIONS[config.method], blur_range_px(config.image_px), config.seed)
+    return ViewSampler(
+        policy, augmentations(config.method, config.jitter_strength), blur_range_px(config.image_px), config.seed
+    )
 
 
 def compared_policies(

@@ -132,6 +132,25 @@ AUGMENTATIONS["mocov2"] = AUGMENTATIONS["dino"]
 """Method -> augmentation of the first global view, of the second, and of every local view."""
 
 
+def augmentations(method: str, jitter_strength: float | None = None) -> tuple[Augmentation, ...]:
+    """How a method's views are recoloured.
+
+    Args:
+        method: a key of :data:`AUGMENTATIONS`.
+        jitter_strength: s of SimCLR's colour jitter (Chen et al., 2020, arXiv 2002.05709, appendix A): brightness,
+            contrast and saturation 0.8 s, hue 0.2 s, 0..1.25 for every view; or None for the method's own. SwAV's own
+            has s = 1.
+
+    Returns:
+        Of the first global view, of the second, and of every local view.
+    """
+    if jitter_strength is None:
+        return AUGMENTATIONS[method]
+    colour, hue = 0.8 * jitter_strength, 0.2 * jitter_strength
+    jitter = {"brightness": colour, "contrast": colour, "saturation": colour, "hue": hue}
+    return tuple(replace(view, **jitter) for view in AUGMENTATIONS[method])
+
+
 def view_policy(
     name: str,
     family: str,

@@ -9,7 +9,7 @@ from ..runtime.errors import check_ranges
 from .config import RANGES as PRETRAIN_RANGES
 from .config import check_areas
 
-SHARED = ("seed", "patch_px", "image_px", "local_px", "num_local", "max_unreadable")
+SHARED = ("seed", "patch_px", "image_px", "local_px", "num_local", "jitter_strength", "max_unreadable")
 RANGES: dict[str, tuple[float, float]] = {"images": (1, 24), **{name: PRETRAIN_RANGES[name] for name in SHARED}}
 """Inclusive; those of fields that pretraining has too are the same there."""
 
@@ -38,6 +38,8 @@ class ViewsConfig:
     """Range of the share of the image's area that a global view shows, 0..1; default by the view policy."""
     local_area: tuple[float, float] | None = None
     """The same for a local view."""
+    jitter_strength: float | None = None
+    """Strength s of the colour jitter, as SimCLR counts it; default the method's own."""
     method: str = "dino"
     """Self-supervised method, whose recolouring is shown: dino, swav or mocov2."""
     images: int = 6

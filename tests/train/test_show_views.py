@@ -17,10 +17,14 @@ from PIL import Image
 from midge.__main__ import main
 from midge.runtime.errors import UserError
 from midge.runtime.images import UnreadableBudget, list_images, load_image
+from midge.train.backbones import find_backbone
+from midge.train.config import PretrainConfig
 from midge.train.contact_sheet import show_images
 from midge.train.datasets import ViewDataset
 from midge.train.magnification import equal_magnification_px
+from midge.train.pretrain import build_dataset
 from midge.train.sampling import ViewSampler
+from midge.train.show_views import build_sampler
 from midge.train.views import AUGMENTATIONS, blur_range_px, view_policy
 from midge.train.views_config import ViewsConfig
 
@@ -77,6 +81,16 @@ def test_a_vit_has_its_own_policies(photos: Path, capsys: pytest.CaptureFixture[
     policies = json.loads(capsys.readouterr().out)["policies"]
     assert {one["num_local"] for one in policies.values()} == {10}
     assert all(one["local_px"] % 16 == 0 for one in policies.values())
+
+
+def test_the_jitters_strength_reaches_training_and_what_is_shown(photos: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"method": "swav", "image_px": 32, "jitter_strength": 0.25}
+    training = PretrainConfig(photos, tmp_path / "run", batch_size=4, **settings)
+    network = find_backbone("resnet18", 32)
+    sampler = build_dataset(training, list_images(photos), network).sampler
+    shown = build_sampler(ViewsConfig(photos, **settings), view_policy("lowcompute", "cnn", 32))
+    for strength in (sampler.strength, shown.strength):
+        assert np.array_equal(np.unique(strength.reshape(-1, 4), axis=0), [[0.2, 0.2, 0.2, 0.05]])
 
 
 def test_the_views_shown_are_those_of_training(photos: Path) -> None:

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from midge.runtime.errors import UserError
-from midge.train.views import AUGMENTATIONS, VIEW_POLICIES, blur_range_px, view_policy
+from midge.train.views import AUGMENTATIONS, VIEW_POLICIES, augmentations, blur_range_px, view_policy
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,18 @@ def test_dino_has_three_pipelines():
     assert [a.blur_chance for a in (first, second, local)] == [1, 0.1, 0.5]
     assert [a.solarize_chance for a in (first, second, local)] == [0, 0.2, 0]
     assert {(a.brightness, a.contrast, a.saturation, a.hue) for a in (first, second, local)} == {(0.4, 0.4, 0.2, 0.1)}
+
+
+def test_swavs_own_jitter_has_strength_1():
+    assert augmentations("swav") == augmentations("swav", 1.0) == AUGMENTATIONS["swav"]
+
+
+@pytest.mark.parametrize("method", sorted(AUGMENTATIONS))
+def test_the_strength_changes_the_jitter_alone(method):
+    for view, own in zip(augmentations(method, 0.5), AUGMENTATIONS[method], strict=True):
+        assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.4, 0.4, 0.4, 0.1)
+        restored = {name: getattr(own, name) for name in ("brightness", "contrast", "saturation", "hue")}
+        assert replace(view, **restored) == own
 
 
 def test_unknown_policy_lists_the_known_ones():

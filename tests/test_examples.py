@@ -71,7 +71,9 @@ def test_tensorrt_builds(tmp_path: Path) -> None:
         assert all(row["builds"] and row["messages"] == [] for row in rows)
 
 
-def test_int8_accuracy_judges_each_step(tmp_path: Path) -> None:
+@pytest.fixture
+def judged(tmp_path: Path) -> tuple[Path, list[object]]:
+    """The run of a classifier of dark and light images, and the options that name 12 of either part."""
     labels = ("dark", "light")
     spec = ModelSpec("resnet18", {"channels": (8, 8, 8, 16)}, 2, 16, labels, Preprocess(32, 32), 32, {"method": "none"})
     torch.manual_seed(7)
@@ -83,8 +85,12 @@ def test_int8_accuracy_judges_each_step(tmp_path: Path) -> None:
             for index in range(6):
                 pixels = rng.integers(100 * label, 150 + 100 * label, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / part / name / f"{index}.png")
-    folders = ["--calibration-data", tmp_path / "train", "--test-data", tmp_path / "test"]
-    command = [sys.executable, ROOT / "examples/int8_accuracy.py", tmp_path / "run", *folders]
+    return tmp_path / "run", ["--calibration-data", tmp_path / "train", "--test-data", tmp_path / "test"]
+
+
+def test_int8_accuracy_judges_each_step(judged: tuple[Path, list[object]], tmp_path: Path) -> None:
+    run, folders = judged
+    command = [sys.executable, ROOT / "examples/int8_accuracy.py", run, *folders]
     choice = ["--variants", "plain", "equalize+round+bias", "--json", tmp_path / "out.json"]
     done = subprocess.run([*command, *choice], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -96,6 +102,20 @@ def test_int8_accuracy_judges_each_step(tmp_path: Path) -> None:
         assert result["accuracy"]["n"] == result["parity"]["n"] == 12
         assert result["parity"]["cosine_min"] > 0.99
         assert (result["vs_fp32"]["top1_drop_points"] == 0) or result["steps"] != "fp32"
+
+
+def test_coreml_accuracy_judges_every_image(judged: tuple[Path, list[object]], tmp_path: Path) -> None:
+    pytest.importorskip("coremltools")
+    run, folders = judged
+    command = [sys.executable, ROOT / "examples/coreml_accuracy.py", run, *folders, "--workers", "1"]
+    done = subprocess.run([*command, "--json", tmp_path / "out.json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [result["variant"] for result in results] == ["torch-fp32", "coreml-int8"]
+    for result in results:
+        assert result["accuracy"]["n"] == result["parity"]["n"] == 12
+        assert result["parity"]["cosine_min"] > 0.99
+    assert results[0]["vs_fp32"]["top1_drop_points"] == 0
 
 
 def test_ssl_cifar10_judges_a_method_and_does_nothing_twice(small_fashion: Path, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@
 
 takes run folders with a classifier (examples/cifar10_classifiers.py makes some) and EfficientNet-Lite0 as it was
 trained on ImageNet (examples/efficientnet_lite0.py writes its weights). A variant is written by its steps: `plain`, or
-names of `STEPS` joined by a plus sign, in their order. Where the test folder's classes are the network's, the table has
-the top-1 and what it loses against FP32 in the same runtime, image by image; the rest is agreement with FP32.
+names of `STEPS` joined by a plus sign, in their order; or it is `nncf`, NNCF's own, in OpenVINO alone. Where the test
+folder's classes are the network's, the table has the top-1 and what it loses against FP32 in the same runtime, image by
+image; the rest is agreement with FP32.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from midge.export.clip_weights import clip_weights
 from midge.export.equalize import equalize
 from midge.export.fold import fold_batch_norm
 from midge.export.onnx_export import export_onnx, save_onnx
-from midge.export.openvino_export import save_openvino
+from midge.export.openvino_export import quantize_openvino, save_openvino
 from midge.export.prepare import Prepared
-from midge.export.quantize import DYNAMIC, quantize_dynamic
+from midge.export.quantize import DYNAMIC, is_transformer, quantize_dynamic
 from midge.export.ranges import measure_ranges
 from midge.export.rounding import round_weights
 from midge.export.smooth import smooth
@@ -56,6 +57,7 @@ STEPS: dict[str, Callable[[Any, np.ndarray], Any]] = {
     "round": round_weights,
 }
 BIAS = "bias"
+NNCF = "nncf"
 LITE0 = ModelSpec(
     timm_name="tf_efficientnet_lite0",
     timm_args={},
@@ -117,16 +119,21 @@ def measure_run(run: Path, given: argparse.Namespace, folder: Path) -> list[dict
     labels = images.labels if tuple(images.classes) == spec.labels else None
     graphs = {("fp32", "fp32"): graph}
     for steps in given.variants or default_variants(graph):
+        if steps == NNCF:
+            graphs[NNCF, NNCF] = graph
+            continue
         prepared = prepare(graph, calibration, steps, given)
         graphs |= {(steps, dialect): write(prepared, dialect) for dialect in given.dialects}
     results = []
     for runtime in given.runtimes:
         reference = None
         for (steps, dialect), quantized in graphs.items():
-            if runtime == "openvino" and dialect == DYNAMIC:
+            if dialect == (DYNAMIC if runtime == "openvino" else NNCF):
                 continue
             say(f"{spec.timm_name}: {steps} {dialect} in {runtime}")
-            outputs = run_graph(quantized, runtime, inputs, folder / f"{run.name}-{steps}-{dialect}-{runtime}")
+            images_of_nncf = calibration if dialect == NNCF else None
+            out = folder / f"{run.name}-{steps}-{dialect}-{runtime}"
+            outputs = run_graph(quantized, runtime, inputs, out, images_of_nncf)
             reference = outputs if reference is None else reference
             facts = {"network": spec.timm_name, "runtime": runtime, "steps": steps, "dialect": dialect}
             results.append({**facts, **judge(outputs, reference, labels), "calibration_images": len(calibration)})
@@ -135,8 +142,7 @@ def measure_run(run: Path, given: argparse.Namespace, folder: Path) -> list[dict
 
 def default_variants(graph: Any) -> list[str]:
     """Plain, each step alone, all together."""
-    transformer = any(node.op_type == "LayerNormalization" for node in graph.graph.node)
-    first = "smooth" if transformer else "equalize"
+    first = "smooth" if is_transformer(graph) else "equalize"
     return ["plain", first, "round", BIAS, f"round+{BIAS}", f"{first}+round+{BIAS}"]
 
 
@@ -163,13 +169,18 @@ def write(prepared: Prepared, dialect: str) -> Any:
     return prepared.quantize(dialect)
 
 
-def run_graph(graph: Any, runtime: str, inputs: np.ndarray, folder: Path) -> np.ndarray:
-    """Outputs (N, K) for inputs (N, 3, H, W), one at a time, as on a device."""
+def run_graph(
+    graph: Any, runtime: str, inputs: np.ndarray, folder: Path, images_of_nncf: np.ndarray | None = None
+) -> np.ndarray:
+    """Outputs (N, K) for inputs (N, 3, H, W), one at a time, as on a device; quantized by NNCF where it gets images."""
     path = folder / "model.onnx"
     save_onnx(graph, path)
     if runtime == "openvino":
-        save_openvino(path, folder / "ir" / "model.xml")
-        path = folder / "ir" / "model.xml"
+        network, path = path, folder / "ir" / "model.xml"
+        if images_of_nncf is None:
+            save_openvino(network, path)
+        else:
+            quantize_openvino(network, path, images_of_nncf, is_transformer(graph))
     with open_backend(Variant(f"{runtime}-fp32", path, path.stat().st_size, "0" * 64, "")) as backend:
         return predict(backend, inputs)
 

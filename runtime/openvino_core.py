@@ -1,9 +1,9 @@
 """OpenVINO's one ``Core``, which lives as long as the process.
 
 OpenVINO's CPU plugin gives the thread that loads it a stack for signals of its own (sigaltstack), and takes that away
-when the ``Core`` goes. Of two that go in the order in which they came, the second puts the first one's stack back, which
-is no longer mapped; the next signal with a handler, Ctrl-C or a child's end, then kills the process with SIGSEGV and
-without a word (OpenVINO 2026.4).
+when the ``Core`` goes. Of two that go in the order in which they came, the second puts back the first one's stack,
+which is no longer mapped; the next signal with a handler, Ctrl-C or a child's end, then kills the process with SIGSEGV
+and without a word (OpenVINO 2026.4).
 """
 
 from __future__ import annotations

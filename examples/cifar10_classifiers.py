@@ -35,6 +35,8 @@ VIT_PATCH_PX = 8
 
 def train(model: nn.Module, images: np.ndarray, labels: np.ndarray, given: argparse.Namespace) -> None:
     """Train all weights in place; the last epoch is taken."""
+    device = torch.device(given.device)
+    model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     decayed = [weight for weight in model.parameters() if weight.ndim > 1]
     others = [weight for weight in model.parameters() if weight.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
@@ -42,7 +44,6 @@ def train(model: nn.Module, images: np.ndarray, labels: np.ndarray, given: argpa
     generator = torch.Generator().manual_seed(given.seed)
     steps_per_epoch = len(images) // given.batch_size
     total, warmup, step = steps_per_epoch * given.epochs, steps_per_epoch, 0
-    model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     with Bar("Training", total) as bar:
         for _ in range(given.epochs):
             order = torch.randperm(len(images), generator=generator)[: steps_per_epoch * given.batch_size]
@@ -54,14 +55,15 @@ def train(model: nn.Module, images: np.ndarray, labels: np.ndarray, given: argpa
                 )
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                batch = augment(torch.from_numpy(images[kept]), generator).contiguous(memory_format=torch.channels_last)
-                loss = functional.cross_entropy(model(batch), torch.from_numpy(labels[kept]), label_smoothing=0.1)
+                batch = augment(torch.from_numpy(images[kept]), generator).to(device, memory_format=torch.channels_last)
+                target = torch.from_numpy(labels[kept]).to(device)
+                loss = functional.cross_entropy(model(batch), target, label_smoothing=0.1)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 step += 1
                 bar.advance(note=f"loss {loss.item():.3f}" if step % 10 == 0 else None)
-    model.eval()
+    model.to("cpu").eval()
 
 
 def top1(model: nn.Module, images: ImageList, preprocess: Preprocess) -> float:
@@ -82,6 +84,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--limit", type=int, default=None, help="so many training images")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="to train on: cpu, cuda or mps")
     given = parser.parse_args()
     torch.manual_seed(given.seed)
     preprocess = Preprocess(PX, PX, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # values in 0..1, as pixels() gives them

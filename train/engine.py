@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -37,6 +38,9 @@ def build_fabric(config: PretrainConfig) -> Fabric:
         strategy = DDPStrategy(
             timeout=timedelta(seconds=config.rank_timeout_s), broadcast_buffers=False, gradient_as_bucket_view=True
         )
+    # Fabric repeats the chosen precision, and asks CUDA's users to give up precision in products: no news, no advice.
+    for package in ("fabric", "pytorch"):  # the one that was imported last logs for both
+        logging.getLogger(f"lightning.{package}.utilities.rank_zero").setLevel(logging.WARNING)
     fabric = Fabric(
         accelerator=config.device,
         devices=processes,

@@ -92,7 +92,7 @@ def identity(run):
     return json.loads((run / "backbone.json").read_text())["trained"]["run"]
 
 
-def test_vit_with_adamw_drop_path_and_bfloat16(image_folder, tmp_path, tiny):
+def test_vit_with_adamw_drop_path_and_bfloat16(image_folder, tmp_path, tiny, caplog):
     changes = {
         "backbone": "vit_tiny_patch16_224",
         "channels": None,
@@ -105,6 +105,7 @@ def test_vit_with_adamw_drop_path_and_bfloat16(image_folder, tmp_path, tiny):
         "precision": "bf16-mixed",
     }
     assert pretrain(tiny(image_folder(), tmp_path / "run", epochs=0.7, **changes)) == 0
+    assert "Precision" not in caplog.text  # Fabric's remark
     network, spec = load_model(tmp_path / "run", "backbone")
     assert (spec.timm_args, spec.trained["local_px"]) == ({"img_size": 32, "patch_size": 8}, 16)
     assert next(network.parameters()).dtype == torch.float32

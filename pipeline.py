@@ -99,12 +99,13 @@ def run(config: RunConfig) -> int:
     require_all()
     check_data(config.data)
     paths = Paths(config.out)
+    stages = RECIPES[config.recipe](config, paths)
     finished = open_state(config, paths)
     # A stage prints its result to stdout, where with --json nothing but the summary belongs.
     quiet = contextlib.redirect_stdout(sys.stderr) if config.json else contextlib.nullcontext()
     codes = []
     with quiet:
-        for name, stage in RECIPES[config.recipe](config, paths).items():
+        for name, stage in stages.items():
             if name in finished:
                 codes.append(finished[name]["code"])
                 continue
@@ -180,32 +181,47 @@ def state_json(config: RunConfig, finished: dict[str, Any]) -> dict[str, Any]:
 
 
 def quickstart(config: RunConfig, paths: Paths) -> dict[str, Callable[[], int]]:
-    """The stages of the quickstart: DINO on small images with a narrow ResNet18, and everything after it."""
+    """The stages of the quickstart: DINO on small images with a narrow ResNet18, and everything after it.
+
+    Raises:
+        UserError: a value is not one that its stage takes, said before the first stage begins.
+    """
+    from .profiles.config import ProfileConfig
+    from .train import recipes
+    from .train.evaluation_config import KnnConfig, LinearConfig
+
     train, test = config.data / "train", config.data / "test"
+    changes = {"epochs": config.epochs, "batch_size": config.batch_size}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    pretraining = recipes.quickstart(train, paths.run, limit=config.limit, seed=config.seed, resume=True, **changes)
+    sizes = {"labels": config.labels, "limit": config.test_limit}
+    knn_config = KnnConfig(paths.run, train, test, baselines=True, seed=config.seed, **sizes)
+    linear_config = LinearConfig(paths.run, train, test, seed=config.seed, **sizes)
+    profile_config = ProfileConfig(
+        (paths.artifact,),
+        out=paths.records,
+        data=test,
+        limit=config.test_limit,
+        protocol=config.protocol,
+        seed=config.seed,
+    )
+    for given in (pretraining, knn_config, linear_config, profile_config):
+        given.check()
 
     def pretrain() -> int:
-        from .train import recipes
-        from .train.pretrain import pretrain as run_pretraining
+        from .train.pretrain import pretrain
 
-        changes = {"epochs": config.epochs, "batch_size": config.batch_size}
-        changes = {name: value for name, value in changes.items() if value is not None}
-        return run_pretraining(
-            recipes.quickstart(train, paths.run, limit=config.limit, seed=config.seed, resume=True, **changes)
-        )
+        return pretrain(pretraining)
 
     def knn() -> int:
-        from .train.evaluation_config import KnnConfig
         from .train.knn import knn
 
-        sizes = {"labels": config.labels, "limit": config.test_limit}
-        return knn(KnnConfig(paths.run, train, test, baselines=True, seed=config.seed, **sizes))
+        return knn(knn_config)
 
     def linear() -> int:
-        from .train.evaluation_config import LinearConfig
         from .train.linear import linear
 
-        sizes = {"labels": config.labels, "limit": config.test_limit}
-        return linear(LinearConfig(paths.run, train, test, seed=config.seed, **sizes))
+        return linear(linear_config)
 
     def export() -> int:
         from .export.config import ExportConfig
@@ -230,20 +246,10 @@ def quickstart(config: RunConfig, paths: Paths) -> dict[str, Callable[[], int]]:
         return verify(VerifyConfig(paths.artifact))
 
     def profile() -> int:
-        from .profiles.config import ProfileConfig
         from .profiles.profile import profile
 
         shutil.rmtree(paths.records, ignore_errors=True)
-        profile(
-            ProfileConfig(
-                (paths.artifact,),
-                out=paths.records,
-                data=test,
-                limit=config.test_limit,
-                protocol=config.protocol,
-                seed=config.seed,
-            )
-        )
+        profile(profile_config)
         return 0  # a record may be invalid because the machine was busy: the comparison says so; verify judged parity
 
     def compare() -> int:

@@ -55,7 +55,8 @@ def train(model: nn.Module, images: np.ndarray, labels: np.ndarray, given: argpa
                 )
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                batch = augment(torch.from_numpy(images[kept]), generator).to(device, memory_format=torch.channels_last)
+                batch = augment(torch.from_numpy(images[kept]), generator, mirror=True)
+                batch = batch.to(device, memory_format=torch.channels_last)
                 target = torch.from_numpy(labels[kept]).to(device)
                 loss = functional.cross_entropy(model(batch), target, label_smoothing=0.1)
                 optimizer.zero_grad()

@@ -9,8 +9,8 @@ a network of half the width, which takes a quarter of the arithmetic.
 The settings differ from the paper's recipes in what 1,250 steps of 64 images at 32 px ask for, found on training images
 that were held out: batch normalization at its initial statistics (the last maps are of one position, and the statistics
 of 64 values are noise), views that show more of an image, AdamW, and for MoCo a queue of two batches, as a network that
-moves fast tells older keys by their age. For SwAV half as many prototypes as images in a batch, hard assignments, and
-KoLeo: with smoother ones most runs made all images alike. And a quarter of its colour jitter, which is made for photos
+moves fast tells older keys by their age. For SwAV hard assignments and KoLeo: with smoother ones most runs made all
+images alike. Then smaller crops than the other two take, and a quarter of its colour jitter, which is made for photos
 of 224 px: colours are much of what tells images of 32 px apart.
 """
 

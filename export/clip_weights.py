@@ -28,20 +28,23 @@ RATIOS = 0.8 ** np.arange(31)  # of the largest weight, down to a thousandth
 GAIN = 0.9  # a clip must leave at most so much of the error: what hardly matters stays as it was
 
 
-def clip_weights(graph: ModelProto, images: np.ndarray, float_nodes: Collection[str] = ()) -> ModelProto:
+def clip_weights(
+    graph: ModelProto, images: np.ndarray, float_nodes: Collection[str] = (), *, correctable: bool = True
+) -> ModelProto:
     """Clip the weights of the output channels that INT8 keeps better so.
 
     Args:
         graph: FP32, of batch 1.
         images: (N, 3, H, W) float32, preprocessed calibration images.
         float_nodes: names of operators that will not be quantized, whose weights stay as they are.
+        correctable: biases will be corrected afterwards.
 
     Returns:
         A graph with smaller weights where that serves, else an equal one.
     """
     values = weights(graph)
     layers = [layer for layer in find_layers(graph, values) if layer.node.name not in float_nodes]
-    corrected = find_biases(graph)
+    corrected = find_biases(graph) if correctable else {}
     changed = {}
     for layer, inputs in zip(layers, _sample_inputs(graph, layers, values, images), strict=True):
         rows = layer.grouped(values[layer.weight])

@@ -240,7 +240,8 @@ class QuantizeConfig:
 
     budget: float | None = None
     """Leave the costliest layers in float until at most so many points are lost on held-out images: images with
-    another top-1 than FP32 of a classifier, 100 (1 - mean cosine) of features."""
+    another top-1 than FP32 of a classifier, 100 (1 - mean cosine) of features. It is held for onnx-int8-u8; the
+    other INT8 variants keep the same layers in float, and are not measured."""
 
     limit: int = 128
     """Calibration images on which the costs are measured."""

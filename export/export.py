@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 import platform
@@ -19,7 +20,7 @@ from .. import __version__
 from ..runtime.artifact import NAME, REFERENCE, load_artifact, write_manifest
 from ..runtime.backend import predict_all
 from ..runtime.errors import UserError, require
-from ..runtime.files import atomic_folder, refuse_existing
+from ..runtime.files import atomic_folder, check_replaceable
 from ..runtime.golden import write_golden
 from ..runtime.torch_backend import TorchBackend
 from .calibration import Samples, draw_samples, find_images
@@ -50,7 +51,7 @@ def export_run(config: ExportConfig) -> int:
     check_method(config.calibration)
     variants = select_variants(config.targets, config.precision)
     name = artifact_name(config)
-    refuse_existing(config.out)
+    check_replaceable(config.out)
     check_packages(variants)
     if config.check_build:
         require(CHECKER, "tensorrt")
@@ -202,7 +203,18 @@ def tool_versions(variants: Sequence[str]) -> dict[str, str]:
     """Versions of the packages that made an artifact."""
     targets = dict.fromkeys(variant.partition("-")[0] for variant in variants)
     tools = [*TOOLS, *(tool for target in targets for tool in TARGET_TOOLS.get(target, ()))]
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in tools}}
+    return {"python": platform.python_version(), **{name: tool_version(name) for name in tools}}
+
+
+def tool_version(name: str) -> str:
+    """Version of a package: of the distribution of that name, or, as ONNX Runtime has several, of the module."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        try:
+            return getattr(importlib.import_module(name), "__version__", "unknown")
+        except ImportError:
+            return "none"
 
 
 @contextmanager

@@ -54,7 +54,8 @@ class Histogram:
         if not math.isfinite(low) or not math.isfinite(high):
             raise UserError("The network gives numbers that are not finite for a calibration image: train it again.")
         self.low, self.high = min(self.low, low), max(self.high, high)
-        self._widen(math.frexp(max(-low, high))[1])
+        if low or high:
+            self._widen(math.frexp(max(-low, high))[1])
         scale = np.float32(HALF / 2.0**self.exponent)  # a power of 2: nothing is rounded
         flat = values.ravel()
         for start in range(0, len(flat), BLOCK):

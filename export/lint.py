@@ -16,9 +16,9 @@ from typing import Any
 
 from ..runtime.artifact import MANIFEST, load_artifact
 from ..runtime.errors import UserError, unknown_name
+from ..runtime.printable import printable
 from .config import LintConfig
 from .lint_graph import Graph
-from .lint_names import printable
 from .lint_read import read_graph
 from .lint_rule import ERROR, NOTE, SEVERITIES
 from .lint_rules import RULES

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ..runtime.errors import UserError, require
-from .lint_names import printable, text, type_name
+from ..runtime.printable import printable
+from .lint_names import text, type_name
 
 if TYPE_CHECKING:
     from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto

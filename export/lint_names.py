@@ -16,11 +16,6 @@ def text(value: str) -> str:
     return value
 
 
-def printable(name: str) -> str:
-    """A name from a file, in which no control character can reach a terminal."""
-    return "".join(char if char.isprintable() else "?" for char in name[:200])
-
-
 def type_name(data_type: int) -> str:
     """ONNX's number of a type -> its name, e.g. ``"uint8"``; "" for none."""
     onnx = require("onnx", "export")

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..runtime.printable import printable
 from .lint import Finding, Report
-from .lint_names import printable
 from .lint_rule import SEVERITIES
 from .lint_rules import RULES
 from .lint_rules_float import PLACEMENTS

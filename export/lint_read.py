@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..runtime.errors import UserError, require
+from ..runtime.printable import printable
 from .lint_graph import Graph
 
 if TYPE_CHECKING:
@@ -42,21 +43,20 @@ def read_graph(path: Path) -> Graph:
 
 
 def check_external(model: ModelProto, path: Path) -> None:
-    """Check the paths of weights that are stored in other files; the files are not read.
+    """Check the paths of tensors that are stored in other files; the files are not read.
 
     Raises:
         UserError: a path leaves the model's folder, or there is no such file.
     """
     folder = path.parent.resolve()
-    for tensor in model.graph.initializer:
+    constants = [attribute.t for node in model.graph.node if node.op_type == "Constant" for attribute in node.attribute]
+    for tensor in [*model.graph.initializer, *constants]:
         if tensor.data_location != tensor.EXTERNAL:
             continue
         location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+        what = f"'{path}' keeps the tensor '{printable(tensor.name)}' in '{printable(location)}'"
         target = (folder / location).resolve() if location and "\0" not in location else folder
         if Path(location).is_absolute() or not target.is_relative_to(folder) or target == folder:
-            raise UserError(
-                f"'{path}' keeps the tensor '{tensor.name}' in '{location}': outside of the model's folder. "
-                "Use no such file."
-            )
+            raise UserError(f"{what}: outside of the model's folder. Use no such file.")
         if not target.is_file():
-            raise UserError(f"'{path}' keeps the tensor '{tensor.name}' in '{location}', which is not there: copy it.")
+            raise UserError(f"{what}, which is not there: copy it.")

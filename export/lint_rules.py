@@ -70,7 +70,7 @@ RULES: dict[str, Rule] = {
         on_tensorrt(
             WARNING, "the build fails without an optimization profile", "TensorRT documentation, Dynamic Shapes"
         )
-        | on(["onnxruntime", "openvino"], NOTE, "runs, but midge's backends take static shapes only"),
+        | on(["onnxruntime", "openvino"], NOTE, "runs, but midge's backends take no other open side than the batch"),
     ),
     "not-onnx": Rule(
         file.is_onnx,

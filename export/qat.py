@@ -277,7 +277,7 @@ def fit(student: Student, distillation: Distillation, images: np.ndarray, config
             for kept in order.view(steps_per_epoch, batch_size).numpy():
                 for group, (_, factor) in zip(optimizer.param_groups, student.parameters, strict=True):
                     group["lr"] = factor * cosine(config.lr, step, total)
-                batch = augment(torch.from_numpy(images[kept]), generator)
+                batch = augment(torch.from_numpy(images[kept]), generator, mirror=True)
                 loss = distillation(batch, student(batch, student.dialects[step % len(student.dialects)]))
                 if not torch.isfinite(loss):
                     raise UserError(f"Training for INT8 diverged at step {step + 1}: give a smaller --qat-lr.")

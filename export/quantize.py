@@ -158,6 +158,9 @@ def quantize_onnx(
     return _written_by(quantizer)
 
 
+DYNAMIC_OPS = ("MatMul", "Gemm")
+
+
 def quantize_dynamic(graph: ModelProto, float_nodes: Collection[str] = ()) -> ModelProto:
     """Quantize the matrix products with weights, the ranges of whose data are found for each image.
 
@@ -186,7 +189,7 @@ def quantize_dynamic(graph: ModelProto, float_nodes: Collection[str] = ()) -> Mo
         tensors_range=None,
         nodes_to_quantize=[],
         nodes_to_exclude=[*float_nodes, *(f"{name}_MatMul" for name in float_nodes)],  # a Gemm becomes a MatMul first
-        op_types_to_quantize=["MatMul", "Gemm"],
+        op_types_to_quantize=list(DYNAMIC_OPS),
         extra_options={"MatMulConstBOnly": True},
     )
     return _written_by(quantizer)

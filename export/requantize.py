@@ -19,7 +19,7 @@ import numpy as np
 from ..runtime.artifact import REFERENCE, Artifact, load_artifact, write_manifest
 from ..runtime.errors import UserError, require
 from ..runtime.fields import MAX_ITEMS, Fields
-from ..runtime.files import atomic_folder, read_json, refuse_existing, sha256_file
+from ..runtime.files import atomic_folder, check_replaceable, read_json, sha256_file
 from ..runtime.images import list_images
 from ..runtime.progress import say
 from ..runtime.torch_model import load_model
@@ -32,7 +32,7 @@ from .onnx_export import save_onnx, without_notes
 from .prepare import RANGE_STEPS, Prepared, prepare
 from .quantize import refuse_quantized
 from .ranges import FILE, METHODS, SCHEMA, RangeTable, check_method, write_calibration
-from .sensitivity import LayerCost, by_cost, damage, keep_budget, layer_costs
+from .sensitivity import DIALECT, LayerCost, by_cost, damage, keep_budget, layer_costs
 from .sensitivity_plot import print_costs
 from .writers import WRITERS, Source, check_packages
 
@@ -54,19 +54,19 @@ def quantize(config: QuantizeConfig) -> int:
     if config.out is None and not config.sensitivity:
         raise UserError("Nothing to do: give --sensitivity, or --out for a new artifact, or both.")
     if config.out is not None:
-        refuse_existing(config.out)
+        check_replaceable(config.out)
     artifact = load_artifact(config.artifact)
     graph = read_float_graph(artifact)
     stored = Fields(read_json(artifact.path / FILE, "calibration"), f"calibration '{artifact.path / FILE}'")
     method, table = read_method(stored, config.calibration)
-    check_packages([name for name in artifact.variants if is_int8(name)])
+    check_packages([name for name in artifact.variants if is_int8(name) and name in WRITERS])
     samples = read_stored_images(stored, config, artifact)
     inputs = samples.calibration.inputs
     clipping = {"weight clipping": RANGE_STEPS["weight clipping"]}  # a layer is judged by the scales it will have
     plain, table = prepare(graph, inputs, method, stored=table, range_steps=clipping)
     costs: list[LayerCost] = []
     if config.sensitivity or config.budget is not None:
-        costs = layer_costs(plain, inputs[: config.limit])
+        costs = layer_costs(graph, plain, inputs[: config.limit])
 
     def prepared_with(float_nodes: tuple[str, ...]) -> Prepared:
         return prepare(graph, inputs, method, float_nodes, table)[0]
@@ -247,6 +247,7 @@ def print_result(
         print_costs(costs)
     if lost is not None:
         stay = ", ".join(prepared.float_nodes) or "none"
-        print(f"Lost on held-out images: {lost:.2f} points (budget {config.budget:g}). Layers in float: {stay}.")
+        print(f"Lost by {DIALECT} on held-out images: {lost:.2f} points (budget {config.budget:g}).")
+        print(f"Layers in float: {stay}.")
     if config.out is not None:
         print(f"Wrote {config.out}, ranges by {method}.")

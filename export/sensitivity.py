@@ -24,7 +24,7 @@ from .quantize import DIALECTS, quantize_onnx
 from .ranges import WEIGHTED, open_session
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import ModelProto, NodeProto, TensorProto
 
 DIALECT = "onnx-int8-u8"
 """The variant on which costs are measured: it quantizes most."""
@@ -53,24 +53,38 @@ class LayerCost:
         return dataclasses.asdict(self)
 
 
-def layer_costs(prepared: Prepared, images: np.ndarray) -> list[LayerCost]:
+def layer_costs(graph: ModelProto, prepared: Prepared, images: np.ndarray) -> list[LayerCost]:
     """The cost of each weighted operator, in the graph's order.
 
     Args:
-        prepared: the network and its ranges, its biases not corrected.
+        graph: the FP32 graph.
+        prepared: the same network with the weights that INT8 is written from, and its ranges; biases not corrected.
         images: (N, 3, H, W) float32, preprocessed.
     """
-    reference = run_graph(prepared.graph, images)
-    nodes = [node for node in prepared.graph.graph.node if node.op_type in WEIGHTED]
+    reference = run_graph(graph, images)
+    weights = {tensor.name: tensor for tensor in prepared.graph.graph.initializer}
+    nodes = [node for node in graph.graph.node if node.op_type in WEIGHTED]
     costs = []
     for node in track(nodes, "Quantizing one layer at a time"):
-        quantized = quantize_onnx(prepared.graph, prepared.ranges, DIALECTS[DIALECT], only=[node.name])
+        quantized = quantize_onnx(
+            with_tensors_of(node, graph, weights), prepared.ranges, DIALECTS[DIALECT], only=[node.name]
+        )
         outputs = run_graph(quantized, images)
         parity = compare_outputs(outputs, reference)
         costs.append(
             LayerCost(node.name, node.op_type, sqnr_db(outputs, reference), parity.cosine_mean, parity.top1_agreement)
         )
     return costs
+
+
+def with_tensors_of(node: NodeProto, graph: ModelProto, weights: dict[str, TensorProto]) -> ModelProto:
+    """The graph, in which one node's stored inputs are those of ``weights``, by name."""
+    changed = type(graph)()
+    changed.CopyFrom(graph)
+    for tensor in changed.graph.initializer:
+        if tensor.name in node.input and tensor.name in weights:
+            tensor.CopyFrom(weights[tensor.name])
+    return changed
 
 
 def sqnr_db(outputs: np.ndarray, reference: np.ndarray) -> float | None:

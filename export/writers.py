@@ -17,6 +17,7 @@ from ..runtime.artifact import REFERENCE
 from ..runtime.errors import require
 from ..runtime.progress import say
 from ..runtime.torch_model import ModelSpec, save_model
+from .clip_weights import clip_weights
 from .coreml_export import convert_coreml, import_coremltools, save_coreml
 from .coreml_int8 import quantize_coreml
 from .delivery import Delivery
@@ -24,7 +25,7 @@ from .half_precision import float16_graph
 from .onnx_export import save_onnx
 from .openvino_export import import_nncf, quantize_openvino, save_openvino
 from .prepare import Prepared
-from .quantize import DIALECTS, DYNAMIC, is_transformer, quantize_dynamic
+from .quantize import DIALECTS, DYNAMIC, DYNAMIC_OPS, is_transformer, quantize_dynamic
 from .tensorrt_export import save_tensorrt
 from .weights import load_weights
 
@@ -120,9 +121,14 @@ def prepared(source: Source) -> Prepared:
 
 
 def write_dynamic(source: Source, path: Path) -> None:
-    """``onnx-int8-dynamic``: the ranges of activations are found anew for each image."""
-    int8 = prepared(source)
-    source.save(quantize_dynamic(int8.graph, int8.float_nodes), path)
+    """``onnx-int8-dynamic``: the ranges of activations are found anew for each image.
+
+    From the FP32 graph: corrected biases, or a training, are for static ranges, and its convolutions stay float.
+    """
+    float_nodes = prepared(source).float_nodes
+    unquantized = [node.name for node in source.graph.graph.node if node.op_type not in DYNAMIC_OPS]
+    clipped = clip_weights(source.graph, source.images, (*float_nodes, *unquantized), correctable=False)
+    source.save(quantize_dynamic(clipped, float_nodes), path)
 
 
 def write_openvino(source: Source, path: Path) -> None:

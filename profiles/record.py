@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..runtime.errors import UserError
 from ..runtime.fields import Fields
 from ..runtime.files import atomic_file, read_json
 from ..runtime.manifest import VARIANT_NAME
-from .statistics import describe
+from .statistics import describe, mcnemar_p, p50_interval, paired_difference_interval
 
 Json = dict[str, Any]
 
@@ -214,18 +214,31 @@ def _check_accuracy(fields: Fields, variant: str) -> None:
         number(agreement, "share", 0, 1)
         agreement.integer("n", 1, MAX_COUNT)
     if fields.value.get("vs") is not None:
-        _check_pairing(fields.fields("vs"), variant, n)
+        _check_pairing(fields.fields("vs"), variant, correct, n)
 
 
-def _check_pairing(fields: Fields, variant: str, n: int) -> None:
+def _check_pairing(fields: Fields, variant: str, correct: int, n: int) -> None:
     if name(fields, "variant", VARIANT_NAME) == variant:
         raise fields.wrong("variant", variant, "another variant than the record's own")
     drop = number(fields, "top1_drop_points", -100, 100)
     lost, won = fields.integers("discordant", 0, n, [2])
     if abs(drop - 100 * (lost - won) / n) > 1e-6:
         raise fields.wrong("top1_drop_points", drop, f"100 (lost - won) / n, which is {100 * (lost - won) / n:.6g}")
-    interval(fields, "ci95", -100, 100)
-    number(fields, "mcnemar_p", 0, 1)
+    both = correct - won
+    neither = n - both - lost - won
+    if both < 0 or neither < 0:
+        raise fields.wrong("discordant", [lost, won], f"what {correct} of {n} correct images allow")
+    ends = [100 * end for end in paired_difference_interval(both, lost, won, neither)]
+    _check_computed(fields, "ci95", interval(fields, "ci95", -100, 100), ends)
+    _check_computed(fields, "mcnemar_p", [number(fields, "mcnemar_p", 0, 1)], [mcnemar_p(lost, won)])
+
+
+def _check_computed(fields: Fields, key: str, given: Sequence[float], expected: Sequence[float]) -> None:
+    """Refuse figures that do not follow from the measurements beside them."""
+    if not all(math.isclose(*pair, rel_tol=1e-6, abs_tol=1e-9) for pair in zip(given, expected, strict=True)):
+        raise fields.wrong(
+            key, list(given), f"what the measurements give, {[float(f'{value:.6g}') for value in expected]}"
+        )
 
 
 def _check_latency(fields: Fields, rounds: int) -> None:
@@ -240,7 +253,9 @@ def _check_latency(fields: Fields, rounds: int) -> None:
         if not math.isclose(given, value, rel_tol=1e-6, abs_tol=1e-9):
             raise latency.wrong(key, given, f"that of the samples, {value:.6g}")
     if not is_null(latency, "p50_ci95"):
-        interval(latency, "p50_ci95", 0, MAX_MS)
+        if (expected := p50_interval(samples)) is None:
+            raise latency.wrong("p50_ci95", latency.value["p50_ci95"], "null for so few rounds")
+        _check_computed(latency, "p50_ci95", interval(latency, "p50_ci95", 0, MAX_MS), expected)
     label(latency, "timer")
 
 

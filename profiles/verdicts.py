@@ -15,12 +15,14 @@ from .statistics import MIN_ROUNDS, paired_latency
 
 Json = dict[str, Any]
 
-REFERENCE = "fp32"
+REFERENCES = {"coreml": "fp16"}
+"""Target -> the precision that its variants are judged against, where it is not FP32: ML Programs have none."""
 
 
 def reference_name(variant: str) -> str:
     """The variant that another is judged against: FP32 of the same target, e.g. ``onnx-fp32`` for ``onnx-int8-u8``."""
-    return f"{variant.partition('-')[0]}-{REFERENCE}"
+    target = variant.partition("-")[0]
+    return f"{target}-{REFERENCES.get(target, 'fp32')}"
 
 
 def find_reference(record: Json, records: Sequence[Json]) -> Json | None:
@@ -113,6 +115,13 @@ def judge_top1(record: Json, reference: Json, place: str) -> tuple[Json | None, 
     return {**_pair(record, reference, "top1"), **result}, ""
 
 
+def is_lossless(row: Json, found: Sequence[Json]) -> bool:
+    """Whether a row is a reference, or was compared with it and not found to be worse."""
+    if row["variant"] == reference_name(row["variant"]):
+        return True
+    return _verdicts_of(row, found).get("top1", {}).get("verdict", "worse") != "worse"
+
+
 def headline(rows: Sequence[Json], found: Sequence[Json], knn: Json | None) -> list[str]:
     """The sentences that say what was found: the fastest valid variant at what price, and what pretraining brought."""
     usable = [row for row in rows if row["valid"] and row["p50_ms"] is not None]
@@ -126,7 +135,7 @@ def headline(rows: Sequence[Json], found: Sequence[Json], knn: Json | None) -> l
         place = f" on {device}" if len({row["device"] for row in usable}) > 1 else ""
         best = min(here, key=lambda row: row["p50_ms"])
         sentences.append(_tell(best, f"is the fastest variant{place}", here, found))
-        lossless = [row for row in here if _verdicts_of(row, found).get("top1", {}).get("verdict") != "worse"]
+        lossless = [row for row in here if is_lossless(row, found)]
         if lossless and best not in lossless:
             best = min(lossless, key=lambda row: row["p50_ms"])
             sentences.append(_tell(best, f"is the fastest{place} without a measurable loss of top-1", here, found))

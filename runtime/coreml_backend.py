@@ -58,6 +58,8 @@ class CoreMlBackend:
             )
         (self._input, kind), self._output = next(iter(program.inputs.items())), program.outputs[0]
         self.input_shape: tuple[int, ...] = kind.shape
+        self.input_dtype = "float32"
+        self.dynamic_batch = False
         kinds = dict(output for operation in program.operations for output in operation.outputs)
         if self._output not in kinds:
             raise UserError(f"The Core ML model '{model}' computes no {self._output!r}: export it again.")
@@ -90,6 +92,10 @@ class CoreMlBackend:
             image = Image.fromarray(np.ascontiguousarray(pixels[0].transpose(1, 2, 0)))
             output = self._native.predict({self._input: image})[self._output]
         return np.asarray(output, np.float32)
+
+    def run_all(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The one output, (1, K) float32."""
+        return (self.run(batch),)
 
     def close(self) -> None:
         """Free the network."""

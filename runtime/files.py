@@ -43,9 +43,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``path`` and rename it to ``path`` once the block has succeeded.
 
     Raises:
-        UserError: ``path`` exists and is not an empty folder.
+        UserError: as :func:`check_replaceable`.
     """
-    refuse_existing(path)
+    path = path.resolve()  # a link to a folder, or ".", cannot be replaced; the folder itself can
+    check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
     partial.chmod(0o777 & ~_umask())
@@ -70,6 +71,17 @@ def refuse_existing(path: Path) -> None:
     """
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise UserError(f"'{path}' exists already: name a new folder with --out, or remove it first.")
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse an output path to which no finished folder can be renamed.
+
+    Raises:
+        UserError: ``path`` exists and is not an empty folder, or it is a mounted volume.
+    """
+    refuse_existing(path)
+    if path.is_mount():
+        raise UserError(f"'{path}' is a mounted volume, which cannot be replaced: name a folder in it with --out.")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -157,7 +157,7 @@ def list_images(root: Path, limit: int | None = None, seed: int = 0) -> ImageLis
     if limit is not None and limit < 1:
         raise UserError(f"Cannot take {limit} images: the limit must be at least 1.")
     images = _list_shards(root) if (root / INDEX_FILE).is_file() else _list_files(root)
-    return images if limit is None or limit >= len(images) else images.take(_subset(images, limit, seed))
+    return images if limit is None else draw_subset(images, limit, seed)
 
 
 def _list_shards(root: Path, files: Sequence[str] = ()) -> ImageList:
@@ -207,11 +207,16 @@ def _describe_no_images(root: Path, found: Counter[str]) -> str:
     return f"'{root}' holds {found.total()} files but no image ({listed}{more}): {allowed}."
 
 
-def _subset(images: ImageList, limit: int, seed: int) -> np.ndarray:
-    """Sorted indices of a random subset; each class in proportion, by largest remainder, ties broken at random."""
+def draw_subset(images: ImageList, limit: int, seed: int) -> ImageList:
+    """A random subset of ``limit`` images, all where there are fewer, in the list's order.
+
+    Each class is there in proportion, by largest remainder, ties broken at random.
+    """
+    if limit >= len(images):
+        return images
     rng = np.random.default_rng(seed)
     if images.labels is None:
-        return np.sort(rng.permutation(len(images))[:limit])
+        return images.take(np.sort(rng.permutation(len(images))[:limit]))
     sizes = np.bincount(images.labels, minlength=len(images.classes))
     exact = sizes * limit / len(images)
     counts = np.floor(exact).astype(np.int64)
@@ -219,7 +224,7 @@ def _subset(images: ImageList, limit: int, seed: int) -> np.ndarray:
     order = np.lexsort((rng.permutation(len(sizes)), -remainders))
     counts[order[: limit - counts.sum()]] += 1
     chosen = [rng.permutation(np.flatnonzero(images.labels == label))[:count] for label, count in enumerate(counts)]
-    return np.sort(np.concatenate(chosen))
+    return images.take(np.sort(np.concatenate(chosen)))
 
 
 def fingerprint(images: ImageList) -> str:

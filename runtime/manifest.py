@@ -44,7 +44,10 @@ class Variant:
 
 def read_tensor(fields: Fields, dimensions: int) -> tuple[str, tuple[int, ...]]:
     """Name and shape of an input or output."""
-    return fields.text("name", 200), fields.integers("shape", 1, 1_000_000, [dimensions])
+    name = fields.text("name", 200)
+    if not name.isprintable():
+        raise fields.wrong("name", name, "printable text")
+    return name, fields.integers("shape", 1, 1_000_000, [dimensions])
 
 
 def check_input(fields: Fields, preprocess: Preprocess, input_shape: tuple[int, ...]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import select
 import subprocess
 import threading
@@ -37,8 +38,13 @@ def download(shard: Shard, root: Path) -> None:
     with _one_at_a_time, (root / INDEX_FILE).open("r+b") as lock:  # the system's lock does not tell threads apart
         fcntl.lockf(lock, fcntl.LOCK_EX, 1, lock_place)
         if not (root / shard.file).exists():
-            say(f"Downloading the shard '{shard.url}'.")
+            say(f"Downloading the shard '{without_secret(shard.url)}'.")
             save_stream(shard.url, root / shard.file, shard)
+
+
+def without_secret(url: str) -> str:
+    """An address for messages: what may be a password or a key is ``…``."""
+    return re.sub(r"(?<=//)[^/@]*(?=@)|(?<=\?).*", "…", url) if re.match(r"[a-z0-9+]+://", url) else url
 
 
 def save_stream(url: str, path: Path, expected: Shard | None = None) -> None:
@@ -52,7 +58,7 @@ def save_stream(url: str, path: Path, expected: Shard | None = None) -> None:
     Raises:
         UserError: the stream cannot be had, ends early, falls silent, or holds other bytes than expected.
     """
-    webdataset = require("webdataset", "hub")
+    webdataset, shown = require("webdataset", "hub"), without_secret(url)
     if (kind := url.partition(":")[0]) not in (kinds := {*webdataset.gopen_schemes} - {"__default__"}):
         raise unknown_name("kind of address", kind, kinds)
     most = None if expected is None else expected.size_bytes
@@ -64,18 +70,18 @@ def save_stream(url: str, path: Path, expected: Shard | None = None) -> None:
             while block := _read(stream):
                 size += len(block)
                 if most is not None and size > most:
-                    raise UserError(f"The download of '{url}' has more than the {most} bytes that were indexed.")
+                    raise UserError(f"The download of '{shown}' has more than the {most} bytes that were indexed.")
                 digest.update(block)
                 file.write(block)
             if status := stream.proc.wait():
-                raise UserError(f"The download of '{url}' failed ({_explain(stream, status)}): try again.")
+                raise UserError(f"The download of '{shown}' failed ({_explain(stream, status)}): try again.")
             file.flush()
             if expected is not None and (size, digest.hexdigest()) != (most, expected.sha256 or digest.hexdigest()):
-                raise UserError(f"The download of '{url}' is not the shard that was indexed: index it again.")
+                raise UserError(f"The download of '{shown}' is not the shard that was indexed: index it again.")
     except FileNotFoundError as error:
-        raise UserError(f"The download of '{url}' needs the program '{error.filename}': install it.") from None
+        raise UserError(f"The download of '{shown}' needs the program '{error.filename}': install it.") from None
     except TimeoutError as error:
-        raise UserError(f"The download of '{url}' failed ({error}): check the address and try again.") from None
+        raise UserError(f"The download of '{shown}' failed ({error}): check the address and try again.") from None
     finally:
         if stream is not None:
             _end(stream.proc)

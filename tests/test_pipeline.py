@@ -184,6 +184,24 @@ def test_stages_run_in_order_and_are_not_repeated(tmp_path: Path, monkeypatch: p
     assert calls == ["first", "second", "third"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"protocol": "quik"}, "Unknown protocol 'quik'"),
+        ({"labels": 0}, "--labels is 0"),
+        ({"test_limit": 0}, "--limit is 0"),
+        ({"epochs": -1.0}, "--epochs is -1"),
+    ],
+)
+def test_a_value_of_a_later_stage_is_refused_before_the_first(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    make_data(tmp_path / "data")
+    with pytest.raises(UserError, match=message):
+        run(config(tmp_path, **changes))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_stage_that_fails_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_data(tmp_path / "data")
     calls: list[str] = []

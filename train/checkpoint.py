@@ -27,6 +27,7 @@ def capture(
     optimizer: torch.optim.Optimizer,
     precision: dict[str, Any],
     device: torch.device | str = "cpu",
+    knn_top1: float | None = None,
 ) -> dict[str, Any]:
     """The state of a run after ``step`` steps; all its processes call this together, and any of them may save it.
 
@@ -40,6 +41,7 @@ def capture(
         optimizer: its momenta.
         precision: state of the loss scaling, empty where there is none.
         device: where the processes exchange tensors.
+        knn_top1: k-NN accuracy at this step, 0..1, where it was measured.
     """
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
 
@@ -53,6 +55,7 @@ def capture(
         "method": method.state_dict(),
         "optimizer": optimizer.state_dict(),
         "precision": precision,
+        "knn_top1": knn_top1,
         "rng": of_all_ranks(torch.get_rng_state()),
         "cuda_rng": of_all_ranks(torch.cuda.get_rng_state()) if cuda else None,
     }
@@ -140,6 +143,10 @@ def load(path: Path, identity: str) -> dict[str, Any]:
         UserError: it is damaged, or of another run.
     """
     try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"Cannot read the checkpoint '{path}' ({error.strerror or error}): make it readable.") from None
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is odd about a file that is then refused
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -147,6 +154,11 @@ def load(path: Path, identity: str) -> dict[str, Any]:
     except Exception as error:  # a damaged or hostile file may raise anything inside the reader
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"The checkpoint '{path}' is damaged ({reason}): remove its run and start again.") from None
-    if schema != SCHEMA or found != identity:
+    if schema != SCHEMA:
+        raise UserError(
+            f"The checkpoint '{path}' has the schema {schema!r}, this midge reads {SCHEMA}: go on with the midge that "
+            "wrote it, or start a new run."
+        )
+    if found != identity:
         raise UserError(f"The checkpoint '{path}' is of another run than the config.json beside it: start a new run.")
     return state

@@ -41,7 +41,8 @@ class PretrainConfig:
     """Settings to start from, see midge recipes; default by --method and --backbone. Other flags change single ones."""
     fit_to_data: bool = True
     """Fit the recipe's batch, learning rate, durations, outputs, queue and averages to fewer images than ImageNet's, by
-    the rules that midge recipes --help names; values that are given stay. What it changes is said at the start."""
+    the rules that midge recipes --help names; values other than the recipe's stay. What changes is said at the start.
+    """
     method: str = "dino"
     """Self-supervised method: dino, swav or mocov2."""
     backbone: str = "resnet18"
@@ -84,8 +85,9 @@ class PretrainConfig:
     batch_size: int = 1024
     """Images per step, each with all its views, over all processes and accumulated portions."""
     accumulate: int = 1
-    """Portions of a step, one after the other: the memory of one, the gradient of all. Batch normalization, and SwAV's
-    assignment without its queue, see a portion at a time; centre, queues and averages move once a step, as without."""
+    """Portions of a step, one after the other: the memory of one, the gradient of all. Batch normalization, SwAV's
+    assignment (beside its queue) and KoLeo see a portion at a time; centre, queues and averages move once a step, as
+    without."""
     workers: int = 2
     """Processes that decode images and make views; 0 does it in the main process."""
     view_executor: str = "auto"
@@ -278,7 +280,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "koleo_weight": (0, 1e3),
     "queue_size": (0, 2**24),
     "sinkhorn_epsilon": (1e-3, 10),
-    "sinkhorn_iterations": (0, 100),
+    "sinkhorn_iterations": (1, 100),
     "queue_start_epochs": (0, 1e6),
     "key_groups": (1, 2**16),
     "checkpoint_every_steps": (1, 2**40),

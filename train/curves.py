@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..runtime.errors import require
+from ..runtime.printable import printable
 
 Series = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 
@@ -49,7 +50,7 @@ def ordered(series: Series) -> list[str]:
 
 def title_of(name: str) -> str:
     """What a series is called; control characters of a file cannot reach the terminal."""
-    return KNOWN[name][0] if name in KNOWN else "".join(char if char.isprintable() else "?" for char in name)
+    return KNOWN[name][0] if name in KNOWN else printable(name)
 
 
 def shown(name: str, value: float) -> str:

@@ -96,7 +96,7 @@ class LinearConfig:
     """Take a seeded random subset of so many test images; default all."""
 
     flip: bool = False
-    """Also train on the features of the mirrored images; for images whose left and right mean nothing."""
+    """Also train on mirrored images; for images whose left and right mean nothing."""
 
     finetune_epochs: int = 0
     """Epochs of training of the whole network, from the linear classifier; 0 keeps the backbone as it is."""

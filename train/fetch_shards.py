@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 from ..runtime.errors import UserError, require
 from ..runtime.files import refuse_existing
 from ..runtime.progress import Bar
-from ..runtime.shard_download import save_stream
+from ..runtime.shard_download import save_stream, without_secret
 from ..runtime.shard_index import ADDRESS, FILE_NAME
 from ..runtime.shard_scan import index_shards
 
@@ -43,10 +44,10 @@ def fetch_shards(address: str, out: Path) -> tuple[dict[str, int], bool]:
     refuse_existing(out)
     urls = name_shards(webdataset.shardlists.expand_urls(address))
     partial = out.with_name(f".{out.name}.fetching")
-    if partial.exists() and _address_of(partial) != address:
+    if partial.exists() and _digest_in(partial) != _digest(address):
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    (partial / ADDRESS_FILE).write_text(address, encoding="utf-8")
+    (partial / ADDRESS_FILE).write_text(_digest(address), encoding="ascii")
     with Bar("Fetching shards", len(urls)) as bar:
         for file, url in urls.items():
             if not (partial / file).exists():
@@ -71,9 +72,12 @@ def name_shards(urls: list[str]) -> dict[str, str]:
     for number, url in enumerate(urls):
         file = f"shard-{number:06}.tar" if url.startswith("pipe:") else unquote(urlsplit(url).path).rpartition("/")[2]
         if not FILE_NAME.fullmatch(file):
-            raise UserError(f"The address '{url}' does not end in the name of a tar: give one like http://host/x.tar.")
+            raise UserError(
+                f"The address '{without_secret(url)}' does not end in the name of a tar: give one like http://host/x.tar."
+            )
         if file in named:
-            raise UserError(f"The addresses '{named[file]}' and '{url}' end in the same name: fetch them apart.")
+            both = f"'{without_secret(named[file])}' and '{without_secret(url)}'"
+            raise UserError(f"The addresses {both} end in the same name: fetch them apart.")
         named[file] = url
     return named
 
@@ -84,8 +88,13 @@ def has_secret(url: str) -> bool:
     return "@" in parts.netloc or bool(parts.query)
 
 
-def _address_of(folder: Path) -> str | None:
+def _digest(address: str) -> str:
+    """What tells addresses apart without giving away a password or a key."""
+    return hashlib.sha256(address.encode()).hexdigest()
+
+
+def _digest_in(folder: Path) -> str | None:
     try:
-        return (folder / ADDRESS_FILE).read_text(encoding="utf-8")
-    except OSError:
+        return (folder / ADDRESS_FILE).read_text(encoding="ascii")
+    except (OSError, UnicodeError):
         return None

@@ -60,7 +60,7 @@ def finetune(
                 step += 1
                 if len(kept) < 2:  # no batch statistics from one image
                     continue
-                batch = augment(batch, generator).to(device, memory_format=torch.channels_last)
+                batch = augment(batch, generator, config.flip).to(device, memory_format=torch.channels_last)
                 loss = functional.cross_entropy(model(batch), labels[kept].to(device))
                 optimizer.zero_grad()
                 loss.backward()
@@ -74,12 +74,13 @@ def cosine(peak_lr: float, step: int, total: int) -> float:
     return peak_lr * (1 + math.cos(math.pi * step / total)) / 2
 
 
-def augment(batch: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror each image with probability 1/2 and shift it by up to an eighth of its side; the border is reflected.
+def augment(batch: Tensor, generator: torch.Generator, mirror: bool) -> Tensor:
+    """Shift each image by up to an eighth of its side, the border reflected, and mirror it with probability 1/2.
 
     Args:
         batch: (N, 3, S, S) float32, on the CPU.
         generator: of the draws.
+        mirror: whether images may be mirrored.
 
     Returns:
         (N, 3, S, S) float32.
@@ -91,7 +92,8 @@ def augment(batch: Tensor, generator: torch.Generator) -> Tensor:
     span = torch.arange(side)
     rows = top[:, None] + span  # (N, S)
     columns = left[:, None] + span
-    mirrored = torch.rand(number, generator=generator) < 0.5
-    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    if mirror:
+        mirrored = torch.rand(number, generator=generator) < 0.5
+        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
     image = torch.arange(number)[:, None, None]
     return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

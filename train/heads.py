@@ -56,7 +56,9 @@ class DINOHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(M, in_features) -> (M, outputs); each output lies between minus and plus its row's magnitude."""
-        return self.last_layer(F.normalize(at_least_float32(self.mlp(x)), dim=1))
+        embeddings = F.normalize(at_least_float32(self.mlp(x)), dim=1)
+        with without_autocast(embeddings):
+            return self.last_layer(embeddings)
 
 
 class ProjectionHead(nn.Module):

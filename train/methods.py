@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from timm.layers.norm_act import convert_sync_batchnorm
 
 from ..runtime.errors import UserError
@@ -33,7 +32,7 @@ class Plan:
         policy: weights of the two kinds of pairs.
         steps_per_epoch: optimizer steps in an epoch.
         steps: of the whole run.
-        sync: there are several processes, which normalize batches together where their devices can.
+        sync: several processes normalize batches together, for which torch needs CUDA.
     """
 
     config: PretrainConfig
@@ -62,7 +61,7 @@ class Plan:
         if self.config.compile:
             backbone.compile(dynamic=False)  # in place, so that names of weights stay; one graph per size of views
         network = MultiCropNetwork(backbone, head(feature_dim(backbone)), self.config.freeze_batch_norm)
-        if self.sync and torch.cuda.is_available() and not own_batch_norm:
+        if self.sync and not own_batch_norm:
             network: Any = convert_sync_batchnorm(network)
         return network
 
@@ -127,6 +126,7 @@ def build_swav(plan: Plan) -> SwAV:
         queue_start_step=plan.steps_of(config.queue_start_epochs),
         freeze_prototypes_steps=plan.steps_of(config.freeze_last_layer_epochs),
         koleo_weight=config.koleo_weight,
+        portions=config.accumulate,
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.errors import UserError
+from ..runtime.files import atomic_file
 from ..runtime.progress import Bar, say
 from .datasets import ViewDataset
 from .method import Losses
@@ -221,7 +222,7 @@ def rankme(embeddings: Tensor, max_rows: int = 512) -> float:
 
 
 def drop_lines_from(path: Path, step: int) -> None:
-    """Drop the lines of steps from ``step`` on, and a last line that was not finished."""
+    """Drop the lines of steps from ``step`` on, and those that are damaged, as a last one that was not finished."""
     if not path.exists():
         return
     kept = []
@@ -229,8 +230,8 @@ def drop_lines_from(path: Path, step: int) -> None:
         try:
             logged = json.loads(line)["step"]
         except (ValueError, TypeError, KeyError):
-            break
-        if logged >= step or not line.endswith("\n"):
-            break
-        kept.append(line)
-    path.write_text("".join(kept), encoding="utf-8")
+            continue
+        if logged < step and line.endswith("\n"):
+            kept.append(line)
+    with atomic_file(path) as partial:
+        partial.write_text("".join(kept), encoding="utf-8")

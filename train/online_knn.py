@@ -6,16 +6,16 @@ set have no part in it, so that choosing a checkpoint by this number does not sp
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..runtime.errors import UserError
-from ..runtime.images import ImageList
+from ..runtime.images import ImageList, UnreadableBudget, draw_subset
 from ..runtime.preprocess import Preprocess
 from .config import PretrainConfig
 from .features import encode
 from .knn import knn_accuracy
-from .labelled import stratified_split
 
 JUDGED_SHARE = 0.2
 
@@ -33,12 +33,17 @@ class OnlineKnn:
     def __init__(self, images: ImageList, preprocess: Preprocess, device: torch.device, seed: int) -> None:
         assert images.labels is not None
         self.images, self.preprocess, self.device = images, preprocess, device
-        self._bank, self._judged = stratified_split(images.labels, JUDGED_SHARE, seed)
+        order = np.random.default_rng(seed).permutation(len(images))
+        self._judged, self._bank = np.split(order, [max(1, round(JUDGED_SHARE * len(images)))])
 
     def __call__(self, backbone: nn.Module) -> float:
         """Top-1 accuracy, 0..1. The network is run in eval mode and left in it."""
         backbone.eval()
-        features, kept = encode({"backbone": backbone}, self.images, self.preprocess, device=self.device, quiet=True)
+        everything = UnreadableBudget(1.0, len(self.images))  # training counts unreadable images, and stops for them
+        encoders = {"backbone": backbone}
+        features, kept = encode(
+            encoders, self.images, self.preprocess, device=self.device, budget=everything, quiet=True
+        )
         assert self.images.labels is not None
         rows = {int(index): row for row, index in enumerate(kept)}
         bank, judged = ([rows[int(i)] for i in part if int(i) in rows] for part in (self._bank, self._judged))
@@ -56,14 +61,13 @@ def online_knn(
     """
     if config.knn_every_epochs == 0:
         return None
-    if images.labels is None:
+    images = draw_subset(images, config.knn_images, config.seed)
+    if images.labels is None or np.bincount(images.labels).max() < 2:  # folders of one image each are no classes
         if config.knn_every_epochs is None:
             return None
+        lacks = "has no labels" if images.labels is None else f"has no two of {len(images)} images in one class"
         raise UserError(
-            f"--knn-every-epochs is {config.knn_every_epochs:g}, but '{images.root}' has no labels: lay its images out "
-            "as <class>/<image>, or leave the flag out."
+            f"--knn-every-epochs is {config.knn_every_epochs:g}, but '{images.root}' {lacks}: lay its images out as "
+            "<class>/<image>, or leave the flag out."
         )
-    if len(images) > config.knn_images:
-        _, chosen = stratified_split(images.labels, config.knn_images / len(images), config.seed)
-        images = images.take(chosen)
     return OnlineKnn(images, preprocess, device, config.seed)

@@ -2,7 +2,8 @@
 
 The members are the image files as they are, in the list's order, each followed by its label as ``.cls``. Equal images
 give equal bytes: no time, owner or permission is taken over. A run that was started on the folder goes on with its
-shards, and the other way round, because neither order nor content differ.
+shards, and the other way round, because neither order nor content differ; but not where images had to be renamed for
+WebDataset's sake, which is said.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 def _samples(images: ImageList, bar: Bar) -> Iterator[Sample]:
     """The images that can be read, as files; they are not decoded."""
-    last_key = ""
+    last_key, renamed = "", 0
     for index, path in enumerate(images.paths):
         bar.advance()
         try:
@@ -126,7 +127,13 @@ def _samples(images: ImageList, bar: Bar) -> Iterator[Sample]:
             continue
         name = member_name(path, index, last_key)
         last_key = sample_key(name)
+        renamed += name != path
         yield Sample(name, data, None if images.labels is None else int(images.labels[index]))
+    if renamed:
+        say(
+            f"Renamed {renamed} of {len(images)} images, whose names WebDataset would cut or confuse: a run on the "
+            "folder does not go on with these shards."
+        )
 
 
 def _read(images: ImageList, index: int) -> bytes:

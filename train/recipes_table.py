@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
+from ..runtime.errors import UserError
 from .config import PretrainConfig
 from .recipes import RECIPES, find_recipe
 from .small_data import fit_to_data
@@ -44,8 +45,10 @@ def recipes(config: RecipesConfig) -> int:
     """Print the recipes.
 
     Raises:
-        UserError: there is no such recipe.
+        UserError: there is no such recipe, or a number of images that cannot be.
     """
+    if config.images is not None and config.images < 1:
+        raise UserError(f"--images is {config.images}: give 1 or more.")
     names = [config.name] if config.name else list(RECIPES)
     shown = {name: settings(name, config.images) for name in names}
     if config.json:
@@ -79,6 +82,14 @@ def print_all() -> None:
     console.print(f"\nEach also with {views} behind its name. 'midge recipes NAME' shows what it sets.", markup=False)
 
 
+def flag(field: str, value: Any) -> tuple[str, str]:
+    """A setting as the command line takes it: the flag, and its value where it has one."""
+    name = field.replace("_", "-")
+    if isinstance(value, bool):
+        return ("--" if value else "--no-") + name, ""
+    return "--" + name, " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def print_one(name: str, shown: dict[str, Any], num_images: int | None) -> None:
     """Every value of a recipe that is not the plain default, and how to run it."""
     console = Console(highlight=False, soft_wrap=True)
@@ -89,9 +100,7 @@ def print_one(name: str, shown: dict[str, Any], num_images: int | None) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
     for field, value in shown.items():
         if field in always or value != plain[field]:
-            table.add_row(
-                "--" + field.replace("_", "-"), " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            )
+            table.add_row(*flag(field, value))
     console.print(table)
     if num_images is not None:
         console.print(f"With {num_images} images.", markup=False)

@@ -122,16 +122,12 @@ def _refuse_other(config: PretrainConfig, there: dict[str, Any], here: dict[str,
     differing = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
     if not differing:
         return
-    if differing == ["data_fingerprint"]:
+    if "data_fingerprint" in differing:  # what is fitted to the images then differs too
         raise UserError(
             f"The run in '{config.out}' was trained on other images than '{config.data}' holds now: "
             "restore them, or start a new run with another --out."
         )
-    shown = ", ".join(
-        f"{name} {there.get(name)!r} there and {here.get(name)!r} now"
-        for name in differing
-        if name != "data_fingerprint"
-    )
+    shown = ", ".join(f"{name} {there.get(name)!r} there and {here.get(name)!r} now" for name in differing)
     raise UserError(
         f"The run in '{config.out}' has another configuration ({shown}): "
         "give the same values to resume it, or start a new run with another --out."

@@ -46,7 +46,7 @@ DURATIONS = {
 
 
 def fit_to_data(config: PretrainConfig, num_images: int) -> tuple[PretrainConfig, dict[str, Any]]:
-    """Apply the rules above to every value that is still the recipe's; a value that was given stays.
+    """Apply the rules above to every value that is the recipe's; others stay.
 
     Args:
         config: of the run.
@@ -83,7 +83,7 @@ def fit_to_data(config: PretrainConfig, num_images: int) -> tuple[PretrainConfig
         if recipe.teacher_momentum_end == recipe.teacher_momentum:  # it is constant
             change("teacher_momentum_end", current("teacher_momentum"))
     if config.method == "dino" and steps < FEW_STEPS:
-        change("teacher_temperature", recipe.teacher_temperature_start)
+        change("teacher_temperature", current("teacher_temperature_start"))
     if config.method == "mocov2":
         change("queue_size", max(batch_size, min(recipe.queue_size, num_images // 2)))
         change("key_groups", max(2, min(recipe.key_groups, batch_size // MIN_KEY_GROUP)))

@@ -34,6 +34,7 @@ class SwAV(nn.Module):
         queue_start_step: the queue is filled from this step on, and used once it is full.
         freeze_prototypes_steps: the prototypes are not trained in the first so many steps.
         koleo_weight: weight of the KoLeo term on the embeddings of global views.
+        portions: parts that a step's images come in, one after the other.
     """
 
     prototypes: nn.Parameter
@@ -53,6 +54,7 @@ class SwAV(nn.Module):
         queue_start_step: int,
         freeze_prototypes_steps: int,
         koleo_weight: float = 0.0,
+        portions: int = 1,
     ) -> None:
         super().__init__()
         self.network = network
@@ -66,6 +68,7 @@ class SwAV(nn.Module):
         self.queue_start_step = queue_start_step
         self.freeze_prototypes_steps = freeze_prototypes_steps
         self.koleo_weight = koleo_weight
+        self.portions = portions
         self.register_buffer("queue", torch.zeros(2, queue_size, network.head.out_features))
         self._fresh: list[Tensor] = []  # (2, N, D) each, of the step's parts
 
@@ -120,7 +123,7 @@ class SwAV(nn.Module):
 
     def queue_is_full(self, step: int, num_images: int) -> bool:
         """Whether the steps before ``step`` have filled the queue, with at least so many images of each process."""
-        filled = (step - self.queue_start_step) * num_images * world_size()
+        filled = (step - self.queue_start_step) * num_images * self.portions * world_size()
         return 0 < self.queue.shape[1] <= filled
 
     def frozen(self, step: int) -> tuple[nn.Parameter, ...]:

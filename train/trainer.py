@@ -16,7 +16,7 @@ from ..runtime.images import UnreadableBudget
 from ..runtime.preprocess import Preprocess
 from ..runtime.progress import Bar, say
 from . import checkpoint
-from .backbones import Backbone, feature_dim
+from .backbones import Backbone, feature_dim, has_batch_norm
 from .config import PretrainConfig
 from .datasets import ViewDataset, load_batches
 from .executors import EXECUTORS, rendered
@@ -61,8 +61,12 @@ class Trainer:
         self.steps = max(1, round(config.epochs * dataset.steps_per_epoch))
         self.step = 0
         torch.manual_seed(config.seed)
-        plan = Plan(config, backbone, dataset.policy, dataset.steps_per_epoch, self.steps, sync=fabric.world_size > 1)
+        several, can_sync = fabric.world_size > 1, fabric.device.type == "cuda"
+        plan = Plan(config, backbone, dataset.policy, dataset.steps_per_epoch, self.steps, sync=several and can_sync)
         self.method: Any = METHODS[config.method](plan)
+        apart = several and not can_sync and not config.freeze_batch_norm and has_batch_norm(self.method)
+        if apart and fabric.is_global_zero:
+            say("Batch normalization sees the images of one process at a time here; on CUDA GPUs it sees all.")
         self.method.to(memory_format=torch.channels_last)
         if fabric.global_rank:  # the same start everywhere; from here on each process draws for itself
             torch.manual_seed(config.seed + (fabric.global_rank << 32))
@@ -180,7 +184,7 @@ class Trainer:
         config, path = self.config, self.folder.checkpoint
         precision = self.fabric.strategy.precision.state_dict()
         state = checkpoint.capture(
-            self.step, self.folder.identity, self.method, self.optimizer, precision, self.fabric.device
+            self.step, self.folder.identity, self.method, self.optimizer, precision, self.fabric.device, knn_top1
         )
         if not self.fabric.is_global_zero:
             return
@@ -197,6 +201,8 @@ class Trainer:
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.step = state["step"]
         if self.fabric.is_global_zero:
+            if state.get("knn_top1") is not None:  # the run may have been killed before this was noted
+                checkpoint.keep_best(self.folder.checkpoint, self.step, state["knn_top1"])
             say(f"Resumed after step {self.step} of {self.steps}.")
 
     def export(self) -> None:

@@ -7,6 +7,7 @@ crops, the area and the size of the local crops, and the weight of the two kinds
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..runtime.errors import UserError, unknown_name
 
@@ -184,7 +185,10 @@ def view_policy(
         raise UserError(f"--local-px is {local_px}: give a multiple of the patch, {multiple} px.")
     given = {"local_px": local_px, "num_local": num_local, "global_area": global_area, "local_area": local_area}
     policy = VIEW_POLICIES[name][family].scaled(global_px, multiple)
-    return replace(policy, **{key: value for key, value in given.items() if value is not None})
+    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if name == "baseline" and num_local is not None:  # all pairs alike, however many: 2 of 2 + 2 x num_local
+        changes |= {"weight_global": 1 / (1 + num_local), "weight_local": num_local / (1 + num_local)}
+    return replace(policy, **changes)
 
 
 def blur_range_px(global_px: int) -> tuple[float, float]:

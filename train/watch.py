@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ..runtime.errors import UserError
 from ..runtime.files import read_json
+from ..runtime.printable import printable
 from .curves import panels, table
 from .metrics_file import Metrics, read_metrics
 from .run_folder import RunFolder
@@ -86,7 +87,8 @@ def read_plan(run: Path) -> Plan:
     if not isinstance(config, dict):
         raise UserError(f"'{run / 'config.json'}' is no configuration of a run: give a folder of 'midge pretrain'.")
     epochs, batch_size, images = config.get("epochs"), config.get("batch_size"), description.get("num_images")
-    name = ", ".join(str(config[key]) for key in ("method", "backbone", "views") if isinstance(config.get(key), str))
+    named = (printable(config[key]) for key in ("method", "backbone", "views") if isinstance(config.get(key), str))
+    name = ", ".join(named)
     if not (isinstance(epochs, (int, float)) and isinstance(batch_size, int) and isinstance(images, int)):
         return Plan(name)
     if not (0 < epochs <= 1e9 and 0 < batch_size <= images):

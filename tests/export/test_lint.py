@@ -173,6 +173,17 @@ def external(location: str) -> Change:
     return change
 
 
+def external_constant(location: str) -> Change:
+    """A constant of a node whose numbers are in another file."""
+
+    def change(made: Any) -> None:
+        tensor = TensorProto(name="far", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+        tensor.external_data.add(key="location", value=location)
+        made.graph.node.append(helper.make_node("Constant", [], ["far"], value=tensor))
+
+    return change
+
+
 def cut_short(made: Any) -> None:
     made.graph.initializer[3].raw_data = made.graph.initializer[3].raw_data[:-1]
 
@@ -194,6 +205,8 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "huge": (lambda made: made.graph.initializer[3].dims.append(2**62), "The tensor 'scales' is damaged"),
     "above": (external("../weights.bin"), "outside of the model's folder"),
     "absolute": (external("/etc/passwd"), "outside of the model's folder"),
+    "of a constant": (external_constant("../weights.bin"), "outside of the model's folder"),
+    "with control characters": (external("../\x1b[2J"), "in '../?[2J': outside"),
     "empty": (external(""), "outside of the model's folder"),
     "absent": (external("weights.bin"), "which is not there"),
 }

@@ -394,6 +394,9 @@ CASES: dict[str, Callable[[], Any]] = {
     "integer operator": built(qlinear),
     "one of two float": built(float_conv),
     "dangling": built(lambda net: (net.qdq("image", S8), net.qdq(plain(net, net.qdq("image", S8)), S8))[1]),
+    "constant in a node": built(
+        lambda net: net.qdq(plain(net, net.qdq(net.op("Add", "image", net.op("Constant", value_float=0.5)), S8)), S8)
+    ),
     "operator of ONNX Runtime": built(lambda net: net.op("QuickGelu", "image", domain="com.microsoft")),
     "operator of both by its name": built(lambda net: net.op("Gelu", "image", domain="com.microsoft")),
     "operator of nobody": built(lambda net: net.op("Foo", "image", domain="my.own")),

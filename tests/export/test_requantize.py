@@ -39,7 +39,7 @@ def inputs(artifact: Artifact) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def costs(prepared: Prepared, inputs: np.ndarray) -> list[LayerCost]:
-    return layer_costs(prepared, inputs)
+    return layer_costs(prepared.graph, prepared, inputs)
 
 
 def test_costs_are_those_of_one_layer_alone(prepared: Prepared, inputs: np.ndarray, costs: list[LayerCost]) -> None:
@@ -66,7 +66,7 @@ def test_a_layer_that_is_made_costly_comes_first_and_stays_float(
     tensor = next(node.input[0] for node in prepared.graph.graph.node if node.name == name)
     low, high = prepared.ranges[tensor]
     worse = dataclasses.replace(prepared, ranges={**prepared.ranges, tensor: (low / 50, high / 50)})
-    ordered = by_cost(layer_costs(worse, inputs))
+    ordered = by_cost(layer_costs(worse.graph, worse, inputs))
     fed = {node.name for node in prepared.graph.graph.node if tensor in node.input} | {name}
     assert ordered[0].node in fed
     before = damage(worse, worse.graph, inputs, classifier=False)
@@ -102,7 +102,7 @@ def test_quantize_writes_a_new_artifact(
     printed = capsys.readouterr().out
     assert "node_conv2d_8 " in printed and "… and 2 layers that cost less." in printed
     assert "⣿" in printed or "⡇" in printed or "⢸" in printed  # the plot
-    assert "(budget 50). Layers in float: none." in printed
+    assert "(budget 50).\nLayers in float: none." in printed
     again, stored = load_artifact(out), json.loads((out / "calibration.json").read_text())
     assert (stored["method"], stored["float_nodes"]) == ("entropy", [])
     for name, variant in artifact.variants.items():
@@ -189,3 +189,24 @@ def test_a_hostile_calibration(changed_artifact: Path, images: Path, changes: di
     rewrite(changed_artifact, "calibration.json", json.dumps(stored).encode())
     with pytest.raises(UserError, match=says):
         quantize(QuantizeConfig(artifact=changed_artifact, data=images / "train", sensitivity=True))
+
+
+def test_what_clipping_a_layer_costs_counts(prepared: Prepared, inputs: np.ndarray, costs: list[LayerCost]) -> None:
+    name = costs[2].node
+    clipped = onnx.ModelProto()
+    clipped.CopyFrom(prepared.graph)
+    weight = next(node.input[1] for node in clipped.graph.node if node.name == name)
+    for tensor in clipped.graph.initializer:
+        if tensor.name == weight:
+            values = onnx.numpy_helper.to_array(tensor)
+            limit = 0.2 * np.abs(values).max()
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.clip(values, -limit, limit), weight))
+    now = {
+        cost.node: cost.sqnr_db
+        for cost in layer_costs(prepared.graph, dataclasses.replace(prepared, graph=clipped), inputs)
+    }
+    before = {cost.node: cost.sqnr_db for cost in costs}
+    assert (now[name] or 0) < (before[name] or 0) - 3
+    assert {node: value for node, value in now.items() if node != name} == {
+        node: value for node, value in before.items() if node != name
+    }

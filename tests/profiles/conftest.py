@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from midge.profiles.statistics import p50_interval, paired_top1
 from midge.runtime.artifact import write_manifest
 from midge.runtime.golden import write_golden
 from midge.runtime.preprocess import Preprocess
@@ -66,14 +67,13 @@ def latency_samples(variant: str) -> list[list[float]]:
 
 def latency_of(samples: Sequence[Sequence[float]]) -> Json:
     flat = np.concatenate([np.asarray(part) for part in samples])
-    medians = [float(np.median(part)) for part in samples]
     return {
         **{f"p{q}_ms": float(np.percentile(flat, q)) for q in (50, 90, 95, 99)},
         "mean_ms": float(flat.mean()),
         "min_ms": float(flat.min()),
         "mad_ms": float(np.median(np.abs(flat - np.median(flat)))),
         "n": int(flat.size),
-        "p50_ci95": [min(medians), max(medians)],
+        "p50_ci95": list(p50_interval(samples) or ()),
         "samples_ms": [list(part) for part in samples],
         "timer": "perf_counter_ns",
     }
@@ -81,8 +81,7 @@ def latency_of(samples: Sequence[Sequence[float]]) -> Json:
 
 def accuracy_of(variant: str) -> Json:
     labels, reference = fp32_predictions()
-    right, reference_right = predictions_of(variant) == labels, reference == labels
-    correct = int(right.sum())
+    correct = int((predictions_of(variant) == labels).sum())
     accuracy = {
         "top1": correct / IMAGES,
         "n": IMAGES,
@@ -96,16 +95,8 @@ def accuracy_of(variant: str) -> Json:
         },
     }
     if not variant.endswith("-fp32"):
-        lost, won = int((reference_right & ~right).sum()), int((right & ~reference_right).sum())
-        spread = 1.96 * np.sqrt(lost + won) / IMAGES * 100
-        drop = 100 * (lost - won) / IMAGES
-        accuracy["vs"] = {
-            "variant": f"{variant.partition('-')[0]}-fp32",
-            "top1_drop_points": drop,
-            "ci95": [drop - spread, drop + spread],
-            "discordant": [lost, won],
-            "mcnemar_p": 0.6 if abs(drop) < spread else 1e-9,
-        }
+        paired = paired_top1(labels, predictions_of(variant), reference)
+        accuracy["vs"] = {"variant": f"{variant.partition('-')[0]}-fp32", **paired}
     return accuracy
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from midge.profiles.compare import compare, load_records, refuse_mixed, select, summarize, write_summary
 from midge.profiles.compare_config import CompareConfig
 from midge.profiles.table import print_table
+from midge.profiles.verdicts import reference_name
 from midge.profiles.where import parse_where
 from midge.runtime.errors import UserError
 
@@ -160,6 +161,20 @@ def test_the_pareto_mark_stays_with_what_nothing_beats(make_records: MakeRecords
     assert marked == {"openvino-int8", "onnx-int8-u8", "openvino-fp32"}
     best = summarize(make_records("openvino-fp32", "onnx-fp32", "torch-fp32"))  # equal top-1: the fastest alone
     assert [row["variant"] for row in best["rows"] if row["pareto"]] == ["openvino-fp32"]
+
+
+def test_what_was_never_compared_is_not_called_lossless(make_records: MakeRecords) -> None:
+    records = [record for record in make_records() if record["variant"] != "openvino-fp32"]
+    int8 = next(record for record in records if record["variant"] == "openvino-int8")
+    int8["accuracy"] |= {"top1": 0.3, "correct": 600}
+    fastest, lossless = summarize(records)["headline"]
+    assert fastest.startswith("openvino-int8 is the fastest variant")
+    assert "without a measurable loss" in lossless and not lossless.startswith("openvino-int8")
+
+
+def test_core_ml_is_judged_against_its_half_precision() -> None:
+    assert reference_name("coreml-int8") == reference_name("coreml-fp16") == "coreml-fp16"
+    assert reference_name("onnx-int8-u8") == "onnx-fp32"
 
 
 def test_no_accuracy_is_no_verdict_and_no_crash(make_records: MakeRecords) -> None:

@@ -183,6 +183,7 @@ def test_artifact_reached_through_a_link_is_fine(folder: Path) -> None:
         ("preprocess|embedded", True, r"\[batch, 8, 8, 3\]"),
         ("outputs|0|shape", [2, 2], "batch is 1"),
         ("outputs|0|shape", [1, 2, 1, 1], "a list of 2 integers"),
+        ("outputs|0|name", "a\x1b[2Jb", "printable text"),
         ("outputs|0|shape", [1, 3], "one name for each of the 3 outputs"),
         ("outputs", [], "a list of 1 to 16 JSON objects"),
         ("outputs", [{"name": "a", "shape": [1, 2]}] * 2, "one output, as the kind is classifier"),

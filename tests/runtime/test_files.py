@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from midge.runtime.errors import UserError, require, unknown_name
-from midge.runtime.files import atomic_file, atomic_folder, read_json, refuse_existing, sha256_file, write_json
+from midge.runtime.files import (
+    atomic_file,
+    atomic_folder,
+    check_replaceable,
+    read_json,
+    refuse_existing,
+    sha256_file,
+    write_json,
+)
 
 
 def test_atomic_file_is_whole_or_absent(tmp_path: Path) -> None:
@@ -34,6 +42,27 @@ def test_atomic_folder_is_whole_or_absent(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     with pytest.raises(UserError, match="exists already: name a new folder with --out"), atomic_folder(path):
         pytest.fail("the folder was taken")
+
+
+def test_a_folder_is_written_through_a_link_and_to_where_we_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "empty")
+    with atomic_folder(tmp_path / "link") as partial:
+        (partial / "a").write_text("whole")
+    assert (tmp_path / "disk" / "empty" / "a").read_text() == "whole"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with atomic_folder(Path()) as partial:
+        (partial / "a").write_text("whole")
+    assert (tmp_path / "here" / "a").read_text() == "whole"
+
+
+def test_a_mounted_volume_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path.resolve())
+    with pytest.raises(UserError, match="is a mounted volume, which cannot be replaced: name a folder in it"):
+        check_replaceable(tmp_path)
 
 
 def test_refuse_existing_takes_a_free_or_empty_place(tmp_path: Path) -> None:

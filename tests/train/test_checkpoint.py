@@ -122,3 +122,17 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     checkpoint.save(path, state_of(*trained(1)))
     with pytest.raises(UserError, match="is of another run"):
         checkpoint.load(path, "other")
+
+
+def test_an_unreadable_checkpoint_is_not_called_damaged(tmp_path):
+    path = tmp_path / "last.pt"
+    path.mkdir()
+    with pytest.raises(UserError, match=r"Cannot read the checkpoint .*directory.*: make it readable"):
+        checkpoint.load(path, "run")
+
+
+def test_a_checkpoint_of_another_schema_says_which(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {**state_of(*trained(1)), "schema": 1})
+    with pytest.raises(UserError, match="has the schema 1, this midge reads 2"):
+        checkpoint.load(path, "run")

@@ -19,6 +19,7 @@ import pytest
 from midge.runtime import shard_download
 from midge.runtime.errors import UserError
 from midge.runtime.images import UnreadableImageError, fingerprint, list_images
+from midge.runtime.shard_download import without_secret
 from midge.runtime.shard_index import INDEX_FILE
 from midge.train.data_config import FetchConfig, PackConfig
 from midge.train.fetch import fetch
@@ -234,6 +235,11 @@ def test_an_address_with_a_key_is_not_kept_in_the_index(packed: Path, serve, tmp
     address = serve(packed).address + "shard-000000.tar?key=secret"
     assert fetch(FetchConfig(address, tmp_path / "out")) == 0
     assert "secret" not in (tmp_path / "out" / INDEX_FILE).read_text()
+    with pytest.raises(UserError, match=r"127\.0\.0\.1.*/absent\.tar\?…' failed") as caught:
+        fetch(FetchConfig(address.replace("shard-000000", "absent"), tmp_path / "failed"))
+    assert "secret" not in str(caught.value)
+    left = [path.read_text() for path in (tmp_path / ".failed.fetching").iterdir()]
+    assert len(left) == 1 and "secret" not in left[0]
     assert has_secret("http://me:secret@host/x.tar") and not has_secret("http://host/x.tar")
 
 
@@ -246,3 +252,9 @@ def test_addresses(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists already"):
         shutil.copytree(Path(__file__).parent, tmp_path / "taken", ignore=shutil.ignore_patterns("*.pyc"))
         fetch(FetchConfig("http://127.0.0.1:9/x.tar", tmp_path / "taken"))
+
+
+def test_addresses_in_messages_have_no_secret() -> None:
+    assert without_secret("http://me:pass@host/x.tar?sig=1") == "http://…@host/x.tar?…"
+    assert without_secret("http://host/a@b.tar") == "http://host/a@b.tar"
+    assert without_secret("pipe:cat x?y") == "pipe:cat x?y"

@@ -63,6 +63,6 @@ def test_embedding_length_does_not_overflow_in_half_precision():
     expected = module(torch.zeros(2, 6))
     with torch.autocast("cpu", dtype=torch.float16):
         out = module(torch.zeros(2, 6))
-    assert out.dtype == torch.float16
-    torch.testing.assert_close(out.float(), expected, rtol=0, atol=2e-3)
+    assert out.dtype == torch.float32  # a cosine rounded to 16 bits, over a temperature of 0.04, tells too little
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-3)
     assert expected.abs().max() > 0.1

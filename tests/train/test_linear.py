@@ -203,7 +203,7 @@ def test_a_learning_rate_of_zero_leaves_the_weights(labelled_folder, run_folder)
 
 def test_augmentation_is_a_mirrored_or_shifted_copy():
     batch = torch.from_numpy(RNG.normal(size=(40, 3, 16, 16)).astype(np.float32))
-    result = augment(batch, torch.Generator().manual_seed(0))
+    result = augment(batch, torch.Generator().manual_seed(0), mirror=True)
     assert result.shape == batch.shape
     found = []
     for image, augmented in zip(batch, result, strict=True):
@@ -222,6 +222,18 @@ def test_augmentation_is_a_mirrored_or_shifted_copy():
     assert mirrors == {False, True}
 
 
+def test_without_mirroring_an_image_is_shifted_alone():
+    batch = torch.from_numpy(RNG.normal(size=(20, 3, 8, 8)).astype(np.float32))
+    result = augment(batch, torch.Generator().manual_seed(0), mirror=False)
+    for image, augmented in zip(batch.numpy(), result.numpy(), strict=True):
+        padded = np.pad(image, ((0, 0), (1, 1), (1, 1)), mode="reflect")
+        assert any(
+            np.array_equal(padded[:, top : top + 8, left : left + 8], augmented)
+            for top in range(3)
+            for left in range(3)
+        )
+
+
 def _crop(padded: np.ndarray, top: int, left: int, mirrored: bool) -> np.ndarray:
     crop = padded[:, top : top + 16, left : left + 16]
     return crop[:, :, ::-1] if mirrored else crop
@@ -229,7 +241,7 @@ def _crop(padded: np.ndarray, top: int, left: int, mirrored: bool) -> np.ndarray
 
 def test_an_image_too_small_to_shift_stays():
     batch = torch.ones(3, 3, 4, 4)
-    assert torch.equal(augment(batch, torch.Generator()), batch)
+    assert torch.equal(augment(batch, torch.Generator(), mirror=True), batch)
 
 
 def test_cosine_schedule():

@@ -119,6 +119,14 @@ def test_lines_from_the_resumed_step_on_are_dropped(tmp_path):
     assert path.read_text() == ""
 
 
+def test_a_damaged_line_takes_no_good_one_with_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\0\n{"step": 3}\n{"step": 5}\n')
+    drop_lines_from(path, 5)
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 def test_a_last_line_that_was_not_finished_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 3}')

@@ -9,6 +9,7 @@ from midge.__main__ import main
 from midge.runtime.errors import UserError
 from midge.train.config import PretrainConfig
 from midge.train.recipes import RECIPES, defaults, find_recipe, flag_value, moco_cnn, swav_cnn
+from midge.train.recipes_table import flag
 
 DATA, OUT = Path("data"), Path("out")
 
@@ -95,3 +96,14 @@ def test_recipes_are_listed_and_explained(capsys):
     assert main(["recipes", "moco-cnn", "--images", "3000", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["recipes"]["moco-cnn"]["queue_size"] == 1500
     assert main(["recipes", "moco"]) == 2
+
+
+def test_settings_are_shown_as_flags_that_the_command_takes():
+    assert flag("head_batch_norm", False) == ("--no-head-batch-norm", "")
+    assert flag("fit_to_data", True) == ("--fit-to-data", "")
+    assert flag("global_area", (0.3, 1.0)) == ("--global-area", "0.3 1.0")
+
+
+def test_a_number_of_images_that_cannot_be(capsys):
+    assert main(["recipes", "dino-cnn", "--images", "-5"]) == 2
+    assert "--images is -5: give 1 or more." in capsys.readouterr().err

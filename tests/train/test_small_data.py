@@ -68,3 +68,8 @@ def test_given_values_stay():
 def test_the_quickstart_is_made_for_its_size():
     assert not quickstart(DATA, OUT).fit_to_data
     assert dataclasses.replace(dino_cnn(DATA, OUT), fit_to_data=False).fit_to_data is False
+
+
+def test_a_short_run_keeps_the_teachers_temperature_where_it_was_told_to_start():
+    config, _ = fit_to_data(dino_cnn(DATA, OUT, teacher_temperature_start=0.06), 3000)
+    assert config.teacher_temperature == config.teacher_temperature_start == 0.06

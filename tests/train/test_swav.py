@@ -145,6 +145,13 @@ def test_queue_is_filled_from_its_start_and_used_once_full(pool, tiny_views):
     torch.testing.assert_close(swav.queue, expected)
 
 
+def test_portions_fill_the_queue_together(pool):
+    whole, portions = (method(pool, queue_size=8, queue_start_step=1, portions=number) for number in (1, 2))
+    steps = range(6)
+    expected = [whole.queue_is_full(step, NUM_IMAGES) for step in steps]
+    assert [portions.queue_is_full(step, NUM_IMAGES // 2) for step in steps] == expected
+
+
 def test_prototypes_stay_at_length_one_and_are_frozen_at_first(pool, tiny_views):
     swav = method(pool)
     assert [len(swav.frozen(step)) for step in range(4)] == [1, 1, 0, 0]

@@ -129,6 +129,25 @@ def test_knn_while_it_trains_keeps_the_best_checkpoint(labelled_folder, tmp_path
     assert weights(judged.out) == weights(plain.out)  # looking changes nothing
 
 
+def test_knn_while_it_trains_puts_up_with_unreadable_images_as_training_does(labelled_folder, tmp_path, tiny):
+    data = labelled_folder(each=20)
+    for path in sorted(data.rglob("*.png"))[:2]:
+        path.write_bytes(b"no image")
+    assert pretrain(tiny(data, tmp_path / "run", epochs=1.0, knn_every_epochs=1.0, max_unreadable=0.2)) == 0
+    assert any("knn_top1" in line for line in metrics(tmp_path / "run"))
+
+
+def test_folders_of_one_image_each_are_no_classes(image_folder, tmp_path, tiny):
+    data = image_folder()
+    for number, path in enumerate(sorted(data.rglob("*.png"))):
+        (data / f"id-{number}").mkdir()
+        path.rename(data / f"id-{number}" / "image.png")
+    assert pretrain(tiny(data, tmp_path / "run", epochs=1.0)) == 0
+    assert not any("knn_top1" in line for line in metrics(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"has no two of .* images in one class"):
+        pretrain(tiny(data, tmp_path / "asked", knn_every_epochs=1.0))
+
+
 def test_knn_without_labels_is_refused_only_where_it_is_asked_for(image_folder, tmp_path, tiny):
     data = image_folder()
     with pytest.raises(UserError, match=r"--knn-every-epochs is 1, but .* has no labels"):

@@ -88,6 +88,13 @@ def test_given_values_take_the_place_of_the_policys():
     assert (policy.weight_global, policy.weight_local) == (0.4, 0.6)
 
 
+def test_the_baseline_weighs_all_pairs_alike_whatever_their_number():
+    policy = view_policy("baseline", "cnn", 224, num_local=2)  # 2 global-global pairs, 2 x 2 global-local ones
+    assert (policy.weight_global, policy.weight_local) == pytest.approx((2 / 6, 4 / 6))
+    own = view_policy("baseline", "cnn", 224)
+    assert view_policy("baseline", "cnn", 224, num_local=6) == own
+
+
 def test_a_local_view_must_divide_into_patches_too():
     with pytest.raises(UserError, match="--local-px is 30: give a multiple of the patch, 4 px"):
         view_policy("lowcompute", "vit", 32, 4, local_px=30)

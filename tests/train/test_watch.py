@@ -94,6 +94,14 @@ def test_a_configuration_that_says_little(run: Path, capsys: pytest.CaptureFixtu
         assert code == 0 and "step 4, epoch 0.4" in said.out
 
 
+def test_control_characters_of_a_configuration_do_not_reach_the_terminal(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "config.json").write_text(json.dumps({"config": {"method": "\x1b[2Jdino"}}))
+    assert main(["watch", str(run)]) == 0
+    assert "?[2Jdino" in capsys.readouterr().out
+
+
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(tmp_path / "absent")]) == 2
     assert "No run at" in capsys.readouterr().err

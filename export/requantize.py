@@ -32,7 +32,7 @@ from .onnx_export import save_onnx, without_notes
 from .prepare import RANGE_STEPS, Prepared, prepare
 from .quantize import refuse_quantized
 from .ranges import FILE, METHODS, SCHEMA, RangeTable, check_method, write_calibration
-from .sensitivity import DIALECT, LayerCost, by_cost, damage, keep_budget, layer_costs
+from .sensitivity import DIALECT, LayerCost, by_cost, damage, keep_budget, layer_costs, run_graph
 from .sensitivity_plot import print_costs
 from .writers import WRITERS, Source, check_packages
 
@@ -74,8 +74,9 @@ def quantize(config: QuantizeConfig) -> int:
     prepared, lost = plain, None
     if config.budget is not None:
         held_out, classifier = read_held_out(config, artifact, samples), artifact.kind == "classifier"
+        reference = run_graph(graph, held_out)
         prepared, lost = keep_budget(
-            prepared_with, costs, lambda int8: damage(int8, graph, held_out, classifier), config.budget
+            prepared_with, costs, lambda int8: damage(int8, reference, held_out, classifier), config.budget
         )
     elif config.out is not None:
         prepared = prepared_with(())

@@ -99,13 +99,19 @@ def by_cost(costs: Sequence[LayerCost]) -> list[LayerCost]:
     return sorted(costs, key=lambda cost: math.inf if cost.sqnr_db is None else cost.sqnr_db)
 
 
-def damage(prepared: Prepared, reference: ModelProto, images: np.ndarray, classifier: bool) -> float:
+def damage(prepared: Prepared, reference: np.ndarray, images: np.ndarray, classifier: bool) -> float:
     """What INT8 does to an FP32 graph's outputs, in points.
+
+    Args:
+        prepared: what INT8 is written from.
+        reference: (N, K) float32, the FP32 graph's outputs.
+        images: (N, 3, H, W) float32, preprocessed.
+        classifier: the outputs are logits.
 
     Returns:
         100 times the share of images with another top-1, or of features 100 (1 - mean cosine).
     """
-    parity = compare_outputs(run_graph(prepared.quantize(DIALECT), images), run_graph(reference, images))
+    parity = compare_outputs(run_graph(prepared.quantize(DIALECT), images), reference)
     return 100 * (1 - (parity.top1_agreement if classifier else parity.cosine_mean))
 
 

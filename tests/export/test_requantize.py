@@ -69,12 +69,12 @@ def test_a_layer_that_is_made_costly_comes_first_and_stays_float(
     ordered = by_cost(layer_costs(worse.graph, worse, inputs))
     fed = {node.name for node in prepared.graph.graph.node if tensor in node.input} | {name}
     assert ordered[0].node in fed
-    before = damage(worse, worse.graph, inputs, classifier=False)
+    before = damage(worse, run_graph(worse.graph, inputs), inputs, classifier=False)
     mixed, lost = keep_budget(*with_floats(worse, inputs, ordered), before / 2)
     assert lost <= before / 2 < before
     assert 0 < len(mixed.float_nodes) < len(ordered)
     assert mixed.float_nodes == tuple(cost.node for cost in ordered[: len(mixed.float_nodes)])
-    assert damage(mixed, prepared.graph, inputs, classifier=False) == lost
+    assert damage(mixed, run_graph(prepared.graph, inputs), inputs, classifier=False) == lost
 
 
 def with_floats(prepared: Prepared, inputs: np.ndarray, costs: list[LayerCost]) -> tuple[Any, Any, Any]:
@@ -82,7 +82,7 @@ def with_floats(prepared: Prepared, inputs: np.ndarray, costs: list[LayerCost]) 
     return (
         lambda names: dataclasses.replace(prepared, float_nodes=names),
         costs,
-        lambda int8: damage(int8, prepared.graph, inputs, classifier=False),
+        lambda int8: damage(int8, run_graph(prepared.graph, inputs), inputs, classifier=False),
     )
 
 

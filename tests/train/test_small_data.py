@@ -43,7 +43,7 @@ def test_three_thousand_images():
     assert (config.queue_size, config.temperature, config.key_groups) == (1500, 0.1, 2)
     assert config.teacher_momentum == config.teacher_momentum_end == pytest.approx(1 - 50 / steps, abs=1e-6)
     config, _ = fit_to_data(swav_cnn(DATA, OUT), 3000)
-    assert config.queue_size == 3840 * 64 // 1024
+    assert (config.queue_size, config.sinkhorn_epsilon) == (3840 * 64 // 1024, 0.03)
 
 
 def test_groups_of_keys_keep_32_images():

@@ -156,10 +156,18 @@ def stronger_form(
 
     Returns:
         The form, and what was found, for the JSON document; nothing where there was no choice.
+
+    Raises:
+        UserError: there are no two images of a class to choose it by.
     """
     if len(forms) == 1:
         return next(iter(forms)), {}
     inner, held_out = stratified_split(labels, SELECTION_SHARE, config.seed)
+    if not len(held_out):
+        raise UserError(
+            f"The bank's {len(labels)} images are of as many classes, so none is left to choose the form of a baseline "
+            "by: give more --labels, or leave --baselines out."
+        )
     accuracies = {}
     for name, (bank, _) in forms.items():
         learn, judge = (bank[inner], labels[inner]), (bank[held_out], labels[held_out])

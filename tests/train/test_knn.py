@@ -137,6 +137,13 @@ def test_command_with_baselines(labelled_folder, run_folder, capsys: pytest.Capt
     assert json.loads((run / "eval" / "knn.json").read_text())["pretrained"]["n"] == 6
 
 
+def test_a_bank_of_one_image_a_class_cannot_choose_a_baseline(labelled_folder, run_folder):
+    run = run_folder(data=labelled_folder("train"))
+    labelled_folder("test", each=2, seed=1)
+    with pytest.raises(UserError, match=r"The bank's 3 images are of as many classes.*give more --labels"):
+        knn(KnnConfig(run, labels=3, baselines=True, device="cpu"))
+
+
 def test_random_initialization_is_no_straw_man(labelled_folder, run_folder):
     run = run_folder(data=labelled_folder("train"))
     labelled_folder("test")

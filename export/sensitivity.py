@@ -17,7 +17,7 @@ import numpy as np
 
 from ..runtime.errors import UserError
 from ..runtime.parity import compare_outputs
-from ..runtime.progress import track
+from ..runtime.progress import say, track
 from .onnx_export import INPUT
 from .prepare import Prepared
 from .quantize import DIALECTS, quantize_onnx
@@ -142,7 +142,9 @@ def keep_budget(
 
     def tried(number: int) -> tuple[Prepared, float]:
         prepared = prepare(tuple(order[:number]))
-        return prepared, lost_by(prepared)
+        lost = lost_by(prepared)
+        say(f"With {number} of {len(order)} layers in float {lost:.2f} points are lost (budget {budget:g}).")
+        return prepared, lost
 
     best = tried(0)
     if best[1] <= budget:

@@ -56,6 +56,7 @@ STEPS: dict[str, Callable[[Any, np.ndarray], Any]] = {
     "clip": clip_weights,
     "round": round_weights,
 }
+EXACT_STEPS = {"equalize", "smooth"}  # which change no output
 BIAS = "bias"
 NNCF = "nncf"
 LITE0 = ModelSpec(
@@ -151,13 +152,15 @@ def prepare(graph: Any, calibration: np.ndarray, steps: str, given: argparse.Nam
     names = [] if steps == "plain" else steps.split("+")
     if unknown := set(names) - {*STEPS, BIAS}:
         raise SystemExit(f"Unknown step '{min(unknown)}': choose some of {', '.join([*STEPS, BIAS])}.")
-    for name, step in STEPS.items():
-        graph = step(graph, calibration) if name in names else graph
-    table = measure_ranges(graph, calibration)
+    original = graph  # of which the ranges are measured, and whose means the biases must keep
+    for name in [name for name in STEPS if name in names]:
+        graph = STEPS[name](graph, calibration)
+        original = graph if name in EXACT_STEPS else original
+    table = measure_ranges(original, calibration)
     floats = tuple(node.name for node in graph.graph.node if node.name in given.float_nodes)
     prepared = Prepared(graph, table.choose(given.calibration), table.choose_symmetric(given.calibration), floats)
     if BIAS in names:
-        corrected = correct_biases(graph, write(prepared, "onnx-int8-u8"), calibration)
+        corrected = correct_biases(graph, write(prepared, "onnx-int8-u8"), calibration, reference=original)
         prepared = Prepared(corrected, prepared.ranges, prepared.symmetric_ranges, floats)
     return prepared
 

@@ -9,7 +9,7 @@ The quantized network is run once: each stretch of it starts from the tensors th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,23 +25,31 @@ MAX_IMAGES = 64
 MAX_BYTES = 512 << 20  # of tensors that wait between two stretches
 
 
-def correct_biases(graph: ModelProto, quantized: ModelProto, images: np.ndarray) -> ModelProto:
+def correct_biases(
+    graph: ModelProto,
+    quantized: ModelProto,
+    images: np.ndarray,
+    reference: ModelProto | None = None,
+    only: Collection[str] | None = None,
+) -> ModelProto:
     """Correct the biases of an FP32 graph for what its quantized form does to the means.
 
     Args:
         graph: the FP32 graph, of batch 1.
         quantized: the same with Q/DQ; its weighted operators have the same names.
         images: (N, 3, H, W) float32, preprocessed; no more are used than ``MAX_IMAGES``.
+        reference: the FP32 graph that has the right means, where ``graph`` has other weights than it began with.
+        only: names of the operators whose biases are corrected; None for all.
 
     Returns:
         The graph with other biases. An operator without a bias of its own is left as it is.
     """
     biases = find_biases(graph)
-    nodes = [node for node in graph.graph.node if node.name in biases]
+    nodes = [node for node in graph.graph.node if node.name in biases and (only is None or node.name in only)]
     if not nodes:
         return graph
     images = images[: min(MAX_IMAGES, max(1, MAX_BYTES // _largest_cut(graph)))]
-    session = open_session(graph, [node.output[0] for node in nodes])
+    session = open_session(reference or graph, [node.output[0] for node in nodes])
     expected = {node.name: np.zeros(1) for node in nodes}
     for image in images:
         outputs = session.run(None, {INPUT: image[None]})

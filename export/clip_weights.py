@@ -67,20 +67,20 @@ def clip_rows(rows: np.ndarray, inputs: np.ndarray) -> np.ndarray:
         The weights, of the same shape.
     """
     largest = np.abs(rows).max(axis=2, keepdims=True)
-    unclipped = _errors(rows, rows, inputs)
-    best, bounds = GAIN * unclipped, largest[..., 0]
+    best, bounds = GAIN * _errors(round_to_nearest(rows), rows, inputs), largest[..., 0]
     for ratio in RATIOS[1:]:
-        errors = _errors(np.clip(rows, -ratio * largest, ratio * largest), rows, inputs)
+        clipped = np.clip(rows, -ratio * largest, ratio * largest)
+        errors = _errors(round_to_nearest(clipped), rows, inputs)
         better = errors < best
-        if not better.any() and (errors > unclipped).all():
-            break  # a smaller bound clips more still
+        if not better.any() and (_errors(clipped, rows, inputs) >= best).all():
+            break  # what a bound cuts off costs too much even without the rounding, and a smaller one cuts more
         best, bounds = np.where(better, errors, best), np.where(better, ratio * largest[..., 0], bounds)
     return np.clip(rows, -bounds[..., None], bounds[..., None])
 
 
-def _errors(clipped: np.ndarray, rows: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-    """Mean square of what rounded weights change at each output, (groups, outputs)."""
-    changes = (round_to_nearest(clipped) - rows).astype(np.float32)
+def _errors(changed: np.ndarray, rows: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    """Mean square of what changed weights do to each output, (groups, outputs)."""
+    changes = (changed - rows).astype(np.float32)
     return np.square(inputs @ changes.transpose(0, 2, 1)).mean(axis=1, dtype=np.float64)
 
 

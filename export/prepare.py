@@ -34,6 +34,7 @@ class Prepared:
         symmetric_ranges: the same for those that have none.
         float_nodes: names of the weighted operators that stay float.
         trained: what calibration.json says of the training for INT8; empty where there was none.
+        original: the graph before its weights were clipped, whose means the biases must keep; None for ``graph``.
     """
 
     graph: ModelProto
@@ -41,6 +42,7 @@ class Prepared:
     symmetric_ranges: Ranges
     float_nodes: tuple[str, ...] = ()
     trained: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    original: ModelProto | None = None
 
     @property
     def learned(self) -> bool:
@@ -58,13 +60,15 @@ class Prepared:
 
 def _clip_weights(prepared: Prepared, images: np.ndarray) -> Prepared:
     """Weights within the scales that serve INT8 best; the scales are the same in all dialects."""
-    return dataclasses.replace(prepared, graph=clip_weights(prepared.graph, images, prepared.float_nodes))
+    clipped = clip_weights(prepared.graph, images, prepared.float_nodes)
+    return dataclasses.replace(prepared, graph=clipped, original=prepared.graph)
 
 
 def _correct_biases(prepared: Prepared, images: np.ndarray) -> Prepared:
     """Bias correction, for the dialect that quantizes most; the weights, the main cause, are the same in all."""
+    quantized = prepared.quantize("onnx-int8-u8")
     return dataclasses.replace(
-        prepared, graph=correct_biases(prepared.graph, prepared.quantize("onnx-int8-u8"), images)
+        prepared, graph=correct_biases(prepared.graph, quantized, images, reference=prepared.original)
     )
 
 

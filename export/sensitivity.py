@@ -8,6 +8,7 @@ keep the damage of the whole network, on images that were not calibrated on, wit
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 from ..runtime.errors import UserError
 from ..runtime.parity import compare_outputs
 from ..runtime.progress import say, track
+from .bias_correction import correct_biases
 from .onnx_export import INPUT
 from .prepare import Prepared
 from .quantize import DIALECTS, quantize_onnx
@@ -58,7 +60,8 @@ def layer_costs(graph: ModelProto, prepared: Prepared, images: np.ndarray) -> li
 
     Args:
         graph: the FP32 graph.
-        prepared: the same network with the weights that INT8 is written from, and its ranges; biases not corrected.
+        prepared: the same network with the weights that INT8 is written from, and its ranges; its biases not
+            corrected, which is done here for each layer alone.
         images: (N, 3, H, W) float32, preprocessed.
     """
     reference = run_graph(graph, images)
@@ -66,9 +69,9 @@ def layer_costs(graph: ModelProto, prepared: Prepared, images: np.ndarray) -> li
     nodes = [node for node in graph.graph.node if node.op_type in WEIGHTED]
     costs = []
     for node in track(nodes, "Quantizing one layer at a time"):
-        quantized = quantize_onnx(
-            with_tensors_of(node, graph, weights), prepared.ranges, DIALECTS[DIALECT], only=[node.name]
-        )
+        changed = with_tensors_of(node, graph, weights)
+        write = functools.partial(quantize_onnx, ranges=prepared.ranges, dialect=DIALECTS[DIALECT], only=[node.name])
+        quantized = write(correct_biases(changed, write(changed), images, reference=graph, only=[node.name]))
         outputs = run_graph(quantized, images)
         parity = compare_outputs(outputs, reference)
         costs.append(

@@ -7,6 +7,7 @@ from onnx import helper, numpy_helper
 
 from midge.export.clip_weights import RATIOS, SAMPLES, clip_rows, clip_weights
 from midge.export.graph_edit import weights
+from midge.export.prepare import prepare
 from midge.export.ranges import open_session
 from midge.export.rounding import round_to_nearest
 
@@ -111,14 +112,29 @@ def test_dead_outputs_and_inputs_stay_finite() -> None:
     np.testing.assert_array_equal(clip_rows(rows, np.zeros((1, 4, 3), np.float32)), rows)
 
 
-def test_a_constant_that_no_bias_correction_will_take_back_counts():
+def nearly_constant() -> tuple[onnx.ModelProto, np.ndarray]:
+    """The classifier, whose channel 0 sees the third colour alone; and images in which that hardly moves."""
     graph, inputs = classifier(), images(32, seed=3)
     for tensor in graph.graph.initializer:
-        if tensor.name == "stem":  # channel 0 sees the third colour alone, which hardly moves
+        if tensor.name == "stem":
             values = numpy_helper.to_array(tensor).copy()
             values[0, :, 0, 0] = 0, 0, 1e-3
             tensor.CopyFrom(numpy_helper.from_array(values, "stem"))
     inputs[:, 2] = 1 + 1e-4 * inputs[:, 2]
+    return graph, inputs
+
+
+def test_the_biases_take_back_what_clipping_moves():
+    graph, inputs = nearly_constant()
+    clipped = clip_weights(graph, inputs)
+    moved = np.abs(outputs(clipped, inputs).mean(axis=0) - outputs(graph, inputs).mean(axis=0)).max()
+    int8 = prepare(graph, inputs, "minmax")[0].quantize("onnx-int8-u8")
+    left = np.abs(outputs(int8, inputs).mean(axis=0) - outputs(graph, inputs).mean(axis=0)).max()
+    assert left < 0.1 < 5 < moved
+
+
+def test_a_constant_that_no_bias_correction_will_take_back_counts():
+    graph, inputs = nearly_constant()
     errors = {}
     for correctable in (True, False):
         clipped = clip_weights(graph, inputs, correctable=correctable)

@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from midge.__main__ import main
+from midge.export.bias_correction import correct_biases
 from midge.export.config import QuantizeConfig
 from midge.export.prepare import Prepared
 from midge.export.quantize import DIALECTS, quantize_onnx
@@ -46,6 +47,8 @@ def test_costs_are_those_of_one_layer_alone(prepared: Prepared, inputs: np.ndarr
     names = [node.name for node in prepared.graph.graph.node if node.op_type in {"Conv", "Gemm"}]
     assert [cost.node for cost in costs] == names
     third = quantize_onnx(prepared.graph, prepared.ranges, DIALECTS["onnx-int8-u8"], only=[names[2]])
+    corrected = correct_biases(prepared.graph, third, inputs, only=[names[2]])
+    third = quantize_onnx(corrected, prepared.ranges, DIALECTS["onnx-int8-u8"], only=[names[2]])
     quantized = {node.name for node in third.graph.node if node.op_type in {"Conv", "Gemm"} and "Deq" in node.input[1]}
     floats = {node.name for node in third.graph.node if node.op_type in {"Conv", "Gemm"}} - quantized
     assert quantized == {names[2]} and floats == {*names} - quantized

@@ -24,6 +24,8 @@ from ..runtime.openvino_core import openvino_core
 from ..runtime.progress import Bar
 from .delivery import Delivery
 
+NNCF_IMAGES = 300  # its own default; more take longer and change little
+
 
 def save_openvino(onnx_path: Path, path: Path, delivery: Delivery | None = None, fp16: bool = False) -> None:
     """Convert an ONNX file to OpenVINO's ``.xml`` and ``.bin``.
@@ -60,7 +62,7 @@ def quantize_openvino(
             core.read_model(onnx_path),
             nncf.Dataset(_Passes(images)),
             preset=nncf.QuantizationPreset.MIXED,
-            subset_size=len(images),
+            subset_size=min(len(images), NNCF_IMAGES),
             model_type=nncf.ModelType.TRANSFORMER if transformer else None,
         )
     _save(model, path, delivery)

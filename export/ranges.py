@@ -8,7 +8,7 @@ method, or another dialect, needs no further look at the images.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ Ranges = Mapping[str, tuple[float, float]]
 """Tensor of the FP32 graph -> lowest and highest value that its 8-bit form stands for."""
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
+REARRANGE = ("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")  # operators that change no value
 
 # Choice of --calibration -> the estimates for asymmetric and for symmetric activations.
 METHODS: dict[str, tuple[str, str]] = {
@@ -142,17 +143,29 @@ def measure_ranges(graph: ModelProto, images: np.ndarray) -> RangeTable:
         UserError: the network gives numbers that are not finite.
     """
     names = activations(graph)
-    histograms = {name: Histogram() for name in (INPUT, *names)}
-    session = open_session(graph, names)
+    origins = find_origins(graph, names)
+    counted = [name for name in names if name not in origins]
+    histograms = {name: Histogram() for name in (INPUT, *counted)}
+    session = open_session(graph, counted)
     for image in track(images, "Calibrating", len(images)):
         histograms[INPUT].add(image)
-        for name, values in zip(names, session.run(names, {INPUT: image[None]}), strict=True):
+        for name, values in zip(counted, session.run(counted, {INPUT: image[None]}), strict=True):
             histograms[name].add(values)
     estimates = {
         tensor: {name: estimate(histogram) for name, estimate in ESTIMATES.items()}
-        for tensor, histogram in sorted(histograms.items())
+        for tensor, histogram in histograms.items()
     }
-    return RangeTable(graph_sha256(graph), estimates)
+    estimates |= {name: estimates[origin] for name, origin in origins.items()}
+    return RangeTable(graph_sha256(graph), dict(sorted(estimates.items())))
+
+
+def find_origins(graph: ModelProto, names: Collection[str]) -> dict[str, str]:
+    """Activation -> the tensor all of whose values it has, in another order or shape: two in five of a ViT's."""
+    origins: dict[str, str] = {}
+    for node in graph.graph.node:
+        if node.op_type in REARRANGE and (node.input[0] in names or node.input[0] == INPUT):
+            origins[node.output[0]] = origins.get(node.input[0], node.input[0])
+    return origins
 
 
 def activations(graph: ModelProto) -> list[str]:

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+DYNAMIC_IMAGES = 128  # that weights are clipped by for the dynamic form: a second pass, for what is hardly clipped
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """What the variants of an artifact are made from.
@@ -127,7 +130,8 @@ def write_dynamic(source: Source, path: Path) -> None:
     """
     float_nodes = prepared(source).float_nodes
     unquantized = [node.name for node in source.graph.graph.node if node.op_type not in DYNAMIC_OPS]
-    clipped = clip_weights(source.graph, source.images, (*float_nodes, *unquantized), correctable=False)
+    images = source.images[:DYNAMIC_IMAGES]
+    clipped = clip_weights(source.graph, images, (*float_nodes, *unquantized), correctable=False)
     source.save(quantize_dynamic(clipped, float_nodes), path)
 
 

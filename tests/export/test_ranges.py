@@ -9,7 +9,17 @@ import pytest
 
 from midge.export.config import ExportConfig
 from midge.export.export import export_run
-from midge.export.ranges import METHODS, RangeTable, activations, check_method, graph_sha256, measure_ranges
+from midge.export.histogram import ESTIMATES, Histogram
+from midge.export.ranges import (
+    METHODS,
+    RangeTable,
+    activations,
+    check_method,
+    find_origins,
+    graph_sha256,
+    measure_ranges,
+    open_session,
+)
 from midge.runtime.artifact import Artifact
 from midge.runtime.errors import UserError
 from midge.runtime.fields import Fields
@@ -53,6 +63,21 @@ def test_every_activation_is_measured_over_all_images(
         assert (flat < low).sum() + (flat > high).sum() <= 0.001 * flat.size
         for low, high in table.estimates[name].values():
             assert low <= high
+
+
+def test_what_is_only_rearranged_has_the_ranges_of_what_it_was(vit: onnx.ModelProto) -> None:
+    images = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
+    names = activations(vit)
+    table, origins = measure_ranges(vit, images), find_origins(vit, names)
+    assert len(origins) > 0.3 * len(names)
+    assert list(table.estimates) == sorted([*names, "image"])
+    session = open_session(vit, names)
+    histograms = {name: Histogram() for name in names}
+    for image in images:
+        for name, values in zip(names, session.run(names, {"image": image[None]}), strict=True):
+            histograms[name].add(values)
+    for name in names:
+        assert table.estimates[name] == {method: estimate(histograms[name]) for method, estimate in ESTIMATES.items()}
 
 
 def test_methods_choose_from_the_estimates(table: RangeTable) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..runtime.errors import UserError
+from ..runtime.printable import printable
 
 Json = dict[str, Any]
 
@@ -109,5 +110,4 @@ def read_answer(answer: bytes, log: str, code: int, what: str) -> Json:
     else:
         lines = log.strip().splitlines()
         reason = f"its process ended with code {code} ({lines[-1][:300] if lines else 'it said nothing'})"
-    text = "".join(char if char.isprintable() else "?" for char in reason)
-    raise UserError(f"The measurement of {what} failed: {text}")
+    raise UserError(f"The measurement of {what} failed: {printable(reason, None)}")

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..runtime.printable import printable
 from .display import runtime_name, shown
 
 Json = dict[str, Any]
@@ -94,4 +95,4 @@ def _print_remarks(summary: Json, console: Console) -> None:
 
 def plain(text: str) -> Text:
     """Text without markup, in which control characters of a record cannot reach the terminal."""
-    return Text("".join(char if char.isprintable() else "?" for char in text))
+    return Text(printable(text, None))

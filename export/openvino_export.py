@@ -24,7 +24,7 @@ from ..runtime.openvino_core import openvino_core
 from ..runtime.progress import Bar
 from .delivery import Delivery
 
-NNCF_IMAGES = 300  # its own default; more take longer and change little
+NNCF_IMAGES = 300  # at most: NNCF's own default
 
 
 def save_openvino(onnx_path: Path, path: Path, delivery: Delivery | None = None, fp16: bool = False) -> None:

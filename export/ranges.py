@@ -163,7 +163,8 @@ def find_origins(graph: ModelProto, names: Collection[str]) -> dict[str, str]:
     """Activation -> the tensor all of whose values it has, in another order or shape: two in five of a ViT's."""
     origins: dict[str, str] = {}
     for node in graph.graph.node:
-        if node.op_type in REARRANGE and (node.input[0] in names or node.input[0] == INPUT):
+        known = node.output[0] in names and (node.input[0] in names or node.input[0] == INPUT)
+        if node.op_type in REARRANGE and known:
             origins[node.output[0]] = origins.get(node.input[0], node.input[0])
     return origins
 

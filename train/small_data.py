@@ -15,7 +15,7 @@ images. The rules are ours:
 - The teacher, or key network, averages over a fiftieth of the run at most.
 - With fewer than 10,000 steps the teacher's temperature stays where it starts; with fewer than 100,000 images MoCo's is
   at most 0.1, and SwAV's assignments are harder, with an epsilon of at most 0.03: by the recipe's 0.05 a batch of 64
-  images is assigned so evenly that a run on 3,000 photos made all of them alike within two epochs.
+  images is assigned so evenly that a run on 3,000 photos made all of them alike at first.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ from midge.export.fold import fold_batch_norm
 from midge.export.onnx_export import export_onnx, save_onnx
 from midge.export.openvino_export import quantize_openvino, save_openvino
 from midge.export.prepare import Prepared
-from midge.export.quantize import DYNAMIC, is_transformer, quantize_dynamic
-from midge.export.ranges import measure_ranges
+from midge.export.quantize import DYNAMIC, quantize_dynamic
+from midge.export.ranges import is_transformer, measure_ranges
 from midge.export.rounding import round_weights
 from midge.export.smooth import smooth
 from midge.profiles.environment import describe_device

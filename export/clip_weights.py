@@ -23,6 +23,7 @@ from .rounding import Layer, find_layers, inputs_of, round_to_nearest
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+MAX_IMAGES = 256  # each is one input of the classifier
 SAMPLES = 1024  # inputs of a layer that are looked at, spread over the images
 RATIOS = 0.8 ** np.arange(31)  # of the largest weight, down to a thousandth
 GAIN = 0.9  # a clip must leave at most so much of the error: what hardly matters stays as it was
@@ -35,7 +36,7 @@ def clip_weights(
 
     Args:
         graph: FP32, of batch 1.
-        images: (N, 3, H, W) float32, preprocessed calibration images.
+        images: (N, 3, H, W) float32, preprocessed calibration images; no more are used than ``MAX_IMAGES``.
         float_nodes: names of operators that will not be quantized, whose weights stay as they are.
         correctable: biases will be corrected afterwards.
 
@@ -46,7 +47,7 @@ def clip_weights(
     layers = [layer for layer in find_layers(graph, values) if layer.node.name not in float_nodes]
     corrected = find_biases(graph) if correctable else {}
     changed = {}
-    for layer, inputs in zip(layers, _sample_inputs(graph, layers, values, images), strict=True):
+    for layer, inputs in zip(layers, _sample_inputs(graph, layers, values, images[:MAX_IMAGES]), strict=True):
         rows = layer.grouped(values[layer.weight])
         if layer.node.name in corrected:
             inputs -= inputs.mean(axis=1, keepdims=True)

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..runtime.errors import UserError
 from .coreml_export import INPUT, PREPROCESSING, import_coremltools, quiet
-from .quantize import is_transformer
+from .ranges import is_transformer
 from .weights import weighted_nodes
 
 if TYPE_CHECKING:

@@ -29,8 +29,7 @@ from .delivery import Delivery, describe_graph
 from .fold import fold_batch_norm
 from .onnx_export import export_onnx, save_onnx
 from .prepare import RANGE_STEPS, Prepared, prepare, training
-from .quantize import is_transformer
-from .ranges import RangeTable, check_calibration_images, check_method, write_calibration
+from .ranges import RangeTable, check_calibration_images, check_method, is_transformer, write_calibration
 from .subject import Subject, check_subject, load_subject
 from .targets import select_variants
 from .tensorrt_export import CHECKER, note_builds

@@ -62,8 +62,8 @@ class Histogram:
             places = flat[start : start + BLOCK] * scale
             np.floor(places, out=places)
             places += HALF
-            self.counts += np.bincount(places.astype(np.intp), minlength=BINS)
-        self.zeros += values.size - int(np.count_nonzero(values))
+            self.counts += np.bincount(places.astype(np.int32), minlength=BINS)
+        self.zeros += int(np.count_nonzero(values == 0))  # counting booleans is what NumPy does fast
 
     def _widen(self, exponent: int) -> None:
         """Merge bins until values up to ``2**exponent`` fit."""

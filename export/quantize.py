@@ -25,7 +25,7 @@ import numpy as np
 
 from ..runtime.errors import UserError, require
 from .onnx_export import without_notes
-from .ranges import WEIGHTED, Ranges
+from .ranges import WEIGHTED, Ranges, is_transformer
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -92,11 +92,6 @@ DIALECTS = {
         note="Signed symmetric activations and float biases, for TensorRT: much of it runs in float elsewhere.",
     ),
 }
-
-
-def is_transformer(model: ModelProto) -> bool:
-    """Whether a network has attention or the normalization that goes with it."""
-    return any(node.op_type in {"LayerNormalization", "Softmax"} for node in model.graph.node)
 
 
 def refuse_quantized(graph: ModelProto) -> None:

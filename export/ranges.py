@@ -133,7 +133,7 @@ def graph_sha256(graph: ModelProto) -> str:
 
 
 def measure_ranges(graph: ModelProto, images: np.ndarray) -> RangeTable:
-    """Measure the ranges of all float activations, the input and the output among them.
+    """Measure the ranges of all activations that a form of INT8 may round, the input and the output among them.
 
     Args:
         graph: the FP32 graph, of batch 1.
@@ -144,7 +144,8 @@ def measure_ranges(graph: ModelProto, images: np.ndarray) -> RangeTable:
     """
     names = activations(graph)
     origins = find_origins(graph, names)
-    counted = [name for name in names if name not in origins]
+    rounded = {origins.get(name, name) for name in roundable(graph, names)}
+    counted = [name for name in names if name in rounded]
     histograms = {name: Histogram() for name in (INPUT, *counted)}
     session = open_session(graph, counted)
     for image in track(images, "Calibrating", len(images)):
@@ -155,7 +156,7 @@ def measure_ranges(graph: ModelProto, images: np.ndarray) -> RangeTable:
         tensor: {name: estimate(histogram) for name, estimate in ESTIMATES.items()}
         for tensor, histogram in histograms.items()
     }
-    estimates |= {name: estimates[origin] for name, origin in origins.items()}
+    estimates |= {name: estimates[origin] for name, origin in origins.items() if origin in estimates}
     return RangeTable(graph_sha256(graph), dict(sorted(estimates.items())))
 
 
@@ -167,6 +168,25 @@ def find_origins(graph: ModelProto, names: Collection[str]) -> dict[str, str]:
         if node.op_type in REARRANGE and known:
             origins[node.output[0]] = origins.get(node.input[0], node.input[0])
     return origins
+
+
+def is_transformer(graph: ModelProto) -> bool:
+    """Whether a network has attention or the normalization that goes with it."""
+    return any(node.op_type in {"LayerNormalization", "Softmax"} for node in graph.graph.node)
+
+
+def roundable(graph: ModelProto, names: Collection[str]) -> list[str]:
+    """Those of some activations that a form of INT8 may round: of a transformer what products take and give.
+
+    The other half of a ViT's values lie within its attention, normalizations and activations, which stay float in all
+    forms; without them ONNX Runtime also runs those fused.
+    """
+    if not is_transformer(graph):
+        return list(names)
+    weighted = [node for node in graph.graph.node if node.op_type in WEIGHTED]
+    kept = {name for node in weighted for name in (*node.input, *node.output)}
+    kept |= {output.name for output in graph.graph.output}
+    return [name for name in names if name in kept]
 
 
 def activations(graph: ModelProto) -> list[str]:

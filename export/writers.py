@@ -25,7 +25,8 @@ from .half_precision import float16_graph
 from .onnx_export import save_onnx
 from .openvino_export import import_nncf, quantize_openvino, save_openvino
 from .prepare import Prepared
-from .quantize import DIALECTS, DYNAMIC, DYNAMIC_OPS, is_transformer, quantize_dynamic
+from .quantize import DIALECTS, DYNAMIC, DYNAMIC_OPS, quantize_dynamic
+from .ranges import is_transformer
 from .tensorrt_export import save_tensorrt
 from .weights import load_weights
 

@@ -34,7 +34,8 @@ from midge.export.fold import fold_batch_norm
 from midge.export.onnx_export import INPUT, export_onnx, save_onnx
 from midge.export.openvino_export import import_nncf, quantize_openvino
 from midge.export.prepare import prepare
-from midge.export.quantize import is_transformer, quantize_dynamic
+from midge.export.quantize import quantize_dynamic
+from midge.export.ranges import is_transformer
 from midge.profiles.environment import describe_device
 from midge.profiles.statistics import MIN_ROUNDS, paired_latency
 from midge.runtime.backend import Backend, predict

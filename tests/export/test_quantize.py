@@ -11,8 +11,8 @@ from onnx import numpy_helper
 
 from midge.export.onnx_export import export_onnx, save_onnx
 from midge.export.prepare import Prepared
-from midge.export.quantize import DIALECTS, is_transformer, quantize_dynamic, quantize_onnx, refuse_quantized
-from midge.export.ranges import METHODS, measure_ranges
+from midge.export.quantize import DIALECTS, quantize_dynamic, quantize_onnx, refuse_quantized
+from midge.export.ranges import METHODS, is_transformer, measure_ranges
 from midge.runtime.artifact import Artifact, Variant
 from midge.runtime.backend import open_backend, predict
 from midge.runtime.errors import UserError

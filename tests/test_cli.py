@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,7 @@ from PIL import Image
 from midge.__main__ import COMMANDS, describe_os_error, find_command, load, main
 from midge.runtime.errors import UserError
 
-
-def midge(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "midge", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False
-    )
+Midge = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess[str], *mentions: str) -> None:
@@ -85,24 +81,24 @@ def test_an_error_of_the_system_is_one_line() -> None:
     assert text == "'runs/x': No space left on device: free some space and run it again."
 
 
-def test_unknown_recipe(tmp_path: Path) -> None:
+def test_unknown_recipe(tmp_path: Path, midge: Midge) -> None:
     assert_one_line_error(midge("run", "slowstart", "--out", tmp_path / "x"), "slowstart", "quickstart")
 
 
-def test_missing_data(tmp_path: Path) -> None:
+def test_missing_data(tmp_path: Path, midge: Midge) -> None:
     done = midge("pretrain", "--data", tmp_path / "absent", "--out", tmp_path / "run")
     assert_one_line_error(done, "absent")
     assert not (tmp_path / "run").exists()
 
 
-def test_folder_of_text_files(tmp_path: Path) -> None:
+def test_folder_of_text_files(tmp_path: Path, midge: Midge) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("not an image")
     assert_one_line_error(midge("pretrain", "--data", tmp_path / "notes", "--out", tmp_path / "run"), "notes")
     assert not (tmp_path / "run").exists()
 
 
-def test_empty_folder(tmp_path: Path) -> None:
+def test_empty_folder(tmp_path: Path, midge: Midge) -> None:
     (tmp_path / "empty").mkdir()
     assert_one_line_error(midge("pretrain", "--data", tmp_path / "empty", "--out", tmp_path / "run"), "empty")
 
@@ -111,30 +107,32 @@ def test_empty_folder(tmp_path: Path) -> None:
     ("flag", "value", "mention"),
     [("--method", "byol3", "dino"), ("--backbone", "resnet1", "resnet18"), ("--views", "huge", "lowcompute")],
 )
-def test_unknown_names_list_what_is_allowed(images: Path, tmp_path: Path, flag: str, value: str, mention: str) -> None:
+def test_unknown_names_list_what_is_allowed(
+    images: Path, tmp_path: Path, flag: str, value: str, mention: str, midge: Midge
+) -> None:
     done = midge("pretrain", "--data", images, "--out", tmp_path / "run", "--batch-size", 8, flag, value)
     assert_one_line_error(done, value, mention)
     assert not (tmp_path / "run").exists()
 
 
-def test_batch_larger_than_the_data(images: Path, tmp_path: Path) -> None:
+def test_batch_larger_than_the_data(images: Path, tmp_path: Path, midge: Midge) -> None:
     done = midge("pretrain", "--data", images, "--out", tmp_path / "run", "--batch-size", 64)
     assert_one_line_error(done, "16", "64")
 
 
-def test_one_image(images: Path, tmp_path: Path) -> None:
+def test_one_image(images: Path, tmp_path: Path, midge: Midge) -> None:
     (tmp_path / "one").mkdir()
     (images / "00.png").rename(tmp_path / "one" / "00.png")
     assert_one_line_error(midge("pretrain", "--data", tmp_path / "one", "--out", tmp_path / "run"), "1 image")
 
 
-def test_unwritable_folder(images: Path) -> None:
+def test_unwritable_folder(images: Path, midge: Midge) -> None:
     # /proc refuses new folders to everyone, root included
     done = midge("pretrain", "--data", images, "--out", "/proc/midge-run", "--batch-size", 8)
     assert_one_line_error(done, "/proc")
 
 
-def test_run_folder_that_is_taken(images: Path, tmp_path: Path) -> None:
+def test_run_folder_that_is_taken(images: Path, tmp_path: Path, midge: Midge) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "something").write_text("mine")
     done = midge("pretrain", "--data", images, "--out", tmp_path / "run", "--batch-size", 8)
@@ -143,11 +141,11 @@ def test_run_folder_that_is_taken(images: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["verify", "profile"])
-def test_missing_artifact(tmp_path: Path, command: str) -> None:
+def test_missing_artifact(tmp_path: Path, command: str, midge: Midge) -> None:
     out = ["--out", tmp_path / "records"] if command == "profile" else []
     assert_one_line_error(midge(command, tmp_path / "absent", *out), "absent")
 
 
-def test_unknown_target(tmp_path: Path) -> None:
+def test_unknown_target(tmp_path: Path, midge: Midge) -> None:
     done = midge("export", tmp_path, "--targets", "ort8", "--out", tmp_path / "artifact")
     assert_one_line_error(done, "ort8", "onnx", "openvino")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,11 +27,11 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "mine"
 
 
-def test_hub_folder_gives_the_same_features_without_midge(run: Path, tmp_path: Path) -> None:
+def test_hub_folder_gives_the_same_features_without_midge(run: Path, tmp_path: Path, warm: Any) -> None:
     image = tmp_path / "photo.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(image)
-    command = [sys.executable, ROOT / "examples/hub_folder.py", run, "--out", tmp_path / "hub", "--image", image]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [ROOT / "examples/hub_folder.py", run, "--out", tmp_path / "hub", "--image", image]
+    done = warm.python(*command)
     assert done.returncode == 0, done.stderr
     cosine = re.search(r"cosine to the run's own: ([\d.]+)", done.stdout)
     assert cosine is not None and float(cosine[1]) > 0.9999
@@ -55,13 +54,11 @@ def test_the_readmes_three_lines_load_a_backbone_with_plain_timm(run: Path, monk
         torch.testing.assert_close(loaded.eval()(batch), expected(batch))
 
 
-def test_tensorrt_builds(tmp_path: Path) -> None:
+def test_tensorrt_builds(tmp_path: Path, warm: Any) -> None:
     pytest.importorskip("tensorrt_rtx")
     out = tmp_path / "builds.json"
-    command = [sys.executable, ROOT / "examples/tensorrt_builds.py", "--out", out]
-    done = subprocess.run(
-        [*command, "--backbones", "resnet10t", "--image-px", "32"], capture_output=True, text=True, check=False
-    )
+    command = [ROOT / "examples/tensorrt_builds.py", "--out", out]
+    done = warm.python(*command, "--backbones", "resnet10t", "--image-px", "32")
     assert done.returncode == 0, done.stderr
     built = json.loads(out.read_text())
     stored = json.loads((ROOT / "examples" / "tensorrt_builds.json").read_text())
@@ -88,11 +85,11 @@ def judged(tmp_path: Path) -> tuple[Path, list[object]]:
     return tmp_path / "run", ["--calibration-data", tmp_path / "train", "--test-data", tmp_path / "test"]
 
 
-def test_int8_accuracy_judges_each_step(judged: tuple[Path, list[object]], tmp_path: Path) -> None:
+def test_int8_accuracy_judges_each_step(judged: tuple[Path, list[object]], tmp_path: Path, warm: Any) -> None:
     run, folders = judged
-    command = [sys.executable, ROOT / "examples/int8_accuracy.py", run, *folders]
+    command = [ROOT / "examples/int8_accuracy.py", run, *folders]
     choice = ["--variants", "plain", "equalize+round+bias", "nncf", "--json", tmp_path / "out.json"]
-    done = subprocess.run([*command, *choice], capture_output=True, text=True, check=False)
+    done = warm.python(*command, *choice)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     ours = [(runtime, steps) for runtime in ("onnx", "openvino") for steps in ("fp32", "plain", "equalize+round+bias")]
@@ -103,11 +100,11 @@ def test_int8_accuracy_judges_each_step(judged: tuple[Path, list[object]], tmp_p
         assert (result["vs_fp32"]["top1_drop_points"] == 0) or result["steps"] != "fp32"
 
 
-def test_coreml_accuracy_judges_every_image(judged: tuple[Path, list[object]], tmp_path: Path) -> None:
+def test_coreml_accuracy_judges_every_image(judged: tuple[Path, list[object]], tmp_path: Path, warm: Any) -> None:
     pytest.importorskip("coremltools")
     run, folders = judged
-    command = [sys.executable, ROOT / "examples/coreml_accuracy.py", run, *folders, "--workers", "1"]
-    done = subprocess.run([*command, "--json", tmp_path / "out.json"], capture_output=True, text=True, check=False)
+    command = [ROOT / "examples/coreml_accuracy.py", run, *folders, "--workers", "1"]
+    done = warm.python(*command, "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert [result["variant"] for result in results] == ["torch-fp32", "coreml-int8"]
@@ -117,12 +114,12 @@ def test_coreml_accuracy_judges_every_image(judged: tuple[Path, list[object]], t
     assert results[0]["vs_fp32"]["top1_drop_points"] == 0
 
 
-def test_ssl_cifar10_judges_a_method_and_does_nothing_twice(small_fashion: Path, tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "examples/ssl_cifar10.py", "--data", small_fashion, "--out", tmp_path / "runs"]
+def test_ssl_cifar10_judges_a_method_and_does_nothing_twice(small_fashion: Path, tmp_path: Path, warm: Any) -> None:
+    command = [ROOT / "examples/ssl_cifar10.py", "--data", small_fashion, "--out", tmp_path / "runs"]
     size = ["--channels", "8", "8", "8", "16", "--epochs", "1", "--images", "80", "--limit", "40", "--seeds", "3"]
     command += [*size, "--methods", "moco", "--json", tmp_path / "out.json"]
     for trains in (True, False):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = warm.python(*command)
         assert done.returncode == 0, done.stderr
         assert ("moco, seed 3" in done.stderr) == trains
         (result,) = json.loads((tmp_path / "out.json").read_text())["results"]

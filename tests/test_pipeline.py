@@ -8,7 +8,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +32,7 @@ README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encodi
 TINY = ["--epochs", "2", "--batch-size", "32", "--labels", "100", "--test-limit", "60", "--protocol", "smoke"]
 
 
-def midge(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "midge", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
+Midge = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def readme_command(data: Path, out: Path) -> list[str]:
@@ -63,12 +59,12 @@ class Finished:
 
 
 @pytest.fixture(scope="module")
-def finished(once: Callable[[str, Callable[[Path], None]], Path], small_fashion: Path) -> Finished:
+def finished(once: Callable[[str, Callable[[Path], None]], Path], small_fashion: Path, warm: Any) -> Finished:
     def command(folder: Path) -> list[str]:
         return [*readme_command(small_fashion, folder / "demo"), *TINY]
 
     def make(folder: Path) -> None:
-        done = midge(*command(folder))
+        done = warm.midge(*command(folder))
         # 1: a threshold was missed, as INT8 of a network that has hardly been trained may
         assert done.returncode in (0, 1), done.stdout + done.stderr
         (folder / "printed.json").write_text(json.dumps({"code": done.returncode, "stdout": done.stdout}))
@@ -134,7 +130,7 @@ def test_the_report_opens_offline(finished: Finished) -> None:
 
 
 @pytest.mark.slow
-def test_the_table_is_printed_and_resuming_prints_it_again(finished: Finished) -> None:
+def test_the_table_is_printed_and_resuming_prints_it_again(finished: Finished, midge: Midge) -> None:
     assert all(variant in finished.stdout for variant in VARIANTS)
     before = {path: path.stat().st_mtime_ns for path in finished.out.rglob("*") if path.is_file()}
     again = midge(*finished.command, "--resume")
@@ -144,13 +140,13 @@ def test_the_table_is_printed_and_resuming_prints_it_again(finished: Finished) -
 
 
 @pytest.mark.slow
-def test_json_prints_nothing_but_the_summary(finished: Finished) -> None:
+def test_json_prints_nothing_but_the_summary(finished: Finished, midge: Midge) -> None:
     done = midge(*finished.command, "--resume", "--json")
     assert json.loads(done.stdout) == finished.json("summary.json")
 
 
 @pytest.mark.slow
-def test_other_settings_do_not_resume(finished: Finished) -> None:
+def test_other_settings_do_not_resume(finished: Finished, midge: Midge) -> None:
     done = midge(*finished.command, "--resume", "--seed", "1")
     assert done.returncode == 2
     assert "--seed 0, not 1" in done.stderr and "Traceback" not in done.stderr

@@ -1,8 +1,8 @@
 """Every command of the README, as written and in its order, in one folder; the two set-up commands run in CI instead,
 and `midge run` in test_pipeline.py.
 
-What differs from a reader's run: the fetched images are thinned out (300 and 120 of them), and the options of
-:data:`SHORTER` are replaced, so that minutes of training and measuring become seconds.
+What differs from a reader's run: the images are fetched by conftest.py, by the same command, and thinned out (300 and
+120 of them), and the options of :data:`SHORTER` are replaced, so that minutes of training and measuring become seconds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,8 +24,10 @@ SHORTER = {
     "--batch-size": "32",
     "--protocol": "smoke",
     "--labels": "100",
+    "--limit": "16",
 }
 ELSEWHERE = {"run"}
+FETCH = ["data", "fetch", "fashion-mnist", "--out"]  # what the fixture small_fashion did
 
 
 def commands() -> list[str]:
@@ -61,27 +63,22 @@ def test_every_other_command_is_named() -> None:
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme_runs(tmp_path: Path, small_fashion: Path) -> None:
+def test_every_command_of_the_readme_runs(
+    tmp_path: Path, small_fashion: Path, midge: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     ran = 0
     for arguments in midge_commands():
         if arguments[0] in ELSEWHERE:
             continue
-        done = subprocess.run(
-            [sys.executable, "-m", "midge", *shortened(arguments)],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        if arguments[:-1] == FETCH:
+            shutil.copytree(small_fashion, tmp_path / arguments[-1])
+            continue
+        done = midge(*shortened(arguments), cwd=tmp_path)
         # 1: a threshold was missed, as INT8 of a network that has hardly been trained may
         may_miss = arguments[0] in {"verify", "profile", "compare"}
         said = f"midge {shlex.join(arguments)}\n{done.stdout}\n{done.stderr}"
         assert done.returncode == 0 or (may_miss and done.returncode == 1), said
         assert "Traceback" not in done.stderr
-        if arguments[:2] == ["data", "fetch"]:
-            folder = tmp_path / arguments[arguments.index("--out") + 1]
-            shutil.rmtree(folder)
-            shutil.copytree(small_fashion, folder)
         ran += 1
     assert ran >= 10
 

@@ -15,7 +15,16 @@ from midge.export.export import export_run
 from midge.export.fake_quantize import FakeQuantize, LearnedRanges, grid_ends, round_to, weight_step
 from midge.export.onnx_export import save_onnx
 from midge.export.prepare import RANGE_STEPS, Prepared, prepare, training
-from midge.export.qat import QatConfig, Student, Trained, Written, head_inputs, train_quantized, weights_and_biases
+from midge.export.qat import (
+    QatConfig,
+    Student,
+    Trained,
+    Written,
+    head_inputs,
+    relative_error,
+    train_quantized,
+    weights_and_biases,
+)
 from midge.export.quantize import DIALECTS
 from midge.export.ranges import Ranges, RangeTable, graph_sha256
 from midge.runtime.artifact import Artifact, Variant, load_artifact
@@ -147,6 +156,25 @@ def test_an_end_stays_within_a_clip_and_at_zero() -> None:
     learned.keep_in_bounds()
     assert learned.ends("y").tolist() == pytest.approx([0, 6])
     assert learned.ends("x").tolist() == pytest.approx([-np.exp(40 / 255), 2 * np.exp(40 / 255)])
+
+
+def test_the_relative_error_is_each_image_s_and_none_outweighs_the_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values, wanted = torch.randn(2, 5, 3, 2, 2, generator=generator)
+    values[0] *= 1e4  # has left the range of all others
+    wanted[1] = 0
+    expected = []
+    for given, target in zip(values.numpy(), wanted.numpy(), strict=True):
+        longer = max((given**2).sum(), (target**2).sum())
+        expected.append(((given - target) ** 2).sum() / longer)
+    assert relative_error(values, wanted).item() == pytest.approx(np.mean(expected), rel=1e-5)
+    assert max(expected) <= 4
+    values.requires_grad_()
+    relative_error(values, wanted).backward()
+    assert values.grad is not None
+    lengths = values.grad.flatten(1).norm(dim=1)
+    assert lengths[0] < lengths[2:].min()
+    assert relative_error(torch.zeros(2, 3), torch.zeros(2, 3)).item() == 0
 
 
 def test_training_repairs_bad_ranges(

@@ -2,11 +2,8 @@
 
 import dataclasses
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -53,7 +50,7 @@ def tiny(method, data, out, **changes):
     return RECIPES[method](data, out, **{**TINY, "queue_size": QUEUES[method], **changes})
 
 
-def start(config, tmp_path, processes):
+def start(warm, config, tmp_path, processes):
     """Start the processes of a run as torchrun would, one by one, so that a test can end one of them."""
     script = tmp_path / f"run-{config.out.name}.py"
     script.write_text(
@@ -75,26 +72,17 @@ def start(config, tmp_path, processes):
         "LOCAL_WORLD_SIZE": str(processes),
         "OMP_NUM_THREADS": "1",
     }
-    return [
-        subprocess.Popen(
-            [sys.executable, str(script)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
+    return [warm.start(script, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
 
 
 def finish(processes, timeout_s=180):
     """Exit codes and what each said."""
-    said = [process.communicate(timeout=timeout_s)[1] for process in processes]
+    said = [process.communicate(timeout_s)[1] for process in processes]
     return [process.returncode for process in processes], said
 
 
-def run(config, tmp_path, processes):
-    codes, said = finish(start(config, tmp_path, processes))
+def run(warm, config, tmp_path, processes):
+    codes, said = finish(start(warm, config, tmp_path, processes))
     assert codes == [0] * processes, "\n".join(said)
     return said
 
@@ -116,45 +104,45 @@ def assert_same_run(a, b, atol=1e-5):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(RECIPES))
-def test_two_processes_equal_one(image_folder, tmp_path, method):
+def test_two_processes_equal_one(image_folder, tmp_path, warm, method):
     data = image_folder(24)
     one, two = tiny(method, data, tmp_path / "one"), tiny(method, data, tmp_path / "two")
-    run(one, tmp_path, 1)
-    said = run(two, tmp_path, 2)
+    run(warm, one, tmp_path, 1)
+    said = run(warm, two, tmp_path, 2)
     assert_same_run(one, two)
     assert said[1].count("Pretraining") == 0  # one of them speaks
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dino", "mocov2"])  # SwAV assigns a portion at a time
-def test_portions_of_a_step_equal_the_step(image_folder, tmp_path, method):
+def test_portions_of_a_step_equal_the_step(image_folder, tmp_path, warm, method):
     data = image_folder(24)
     whole, portions = tiny(method, data, tmp_path / "whole"), tiny(method, data, tmp_path / "portions", accumulate=2)
-    run(whole, tmp_path, 1)
-    run(portions, tmp_path, 1)
+    run(warm, whole, tmp_path, 1)
+    run(warm, portions, tmp_path, 1)
     assert_same_run(whole, portions)
 
 
 @pytest.mark.slow
-def test_resuming_with_another_number_of_processes_says_what_is_not_the_same(image_folder, tmp_path):
+def test_resuming_with_another_number_of_processes_says_what_is_not_the_same(image_folder, tmp_path, warm):
     data = image_folder(24)
     whole = tiny("swav", data, tmp_path / "whole")
-    run(whole, tmp_path, 1)
+    run(warm, whole, tmp_path, 1)
     # Back to the checkpoint in the middle: as if it had been stopped there.
     partial = tiny("swav", data, tmp_path / "partial", keep_checkpoints=3)
-    run(partial, tmp_path, 2)
+    run(warm, partial, tmp_path, 2)
     for name in ("backbone.json", "backbone.safetensors"):
         (partial.out / name).unlink()
     (partial.out / "checkpoints/step-00000002.pt").replace(partial.out / "checkpoints/last.pt")
-    said = run(dataclasses.replace(partial, resume=True), tmp_path, 1)
+    said = run(warm, dataclasses.replace(partial, resume=True), tmp_path, 1)
     assert "saved by 2 processes and goes on with 1" in said[0]
     assert_same_run(whole, partial)
 
 
 @pytest.mark.slow
-def test_when_a_process_dies_the_others_end_with_an_error(image_folder, tmp_path):
+def test_when_a_process_dies_the_others_end_with_an_error(image_folder, tmp_path, warm):
     config = tiny("dino", image_folder(24), tmp_path / "run", epochs=500.0, rank_timeout_s=20.0)
-    processes = start(config, tmp_path, 2)
+    processes = start(warm, config, tmp_path, 2)
     end = time.monotonic() + 120
     while not (config.out / "checkpoints/last.pt").exists():
         assert time.monotonic() < end and processes[0].poll() is None, processes[0].communicate()[1]
@@ -170,9 +158,9 @@ def test_when_a_process_dies_the_others_end_with_an_error(image_folder, tmp_path
 
 
 @pytest.mark.slow
-def test_a_signal_to_all_stops_all_at_the_same_step(image_folder, tmp_path):
+def test_a_signal_to_all_stops_all_at_the_same_step(image_folder, tmp_path, warm):
     config = tiny("mocov2", image_folder(24), tmp_path / "run", epochs=500.0)
-    processes = start(config, tmp_path, 2)
+    processes = start(warm, config, tmp_path, 2)
     end = time.monotonic() + 120
     while not (config.out / "checkpoints/last.pt").exists():
         assert time.monotonic() < end and processes[0].poll() is None, processes[0].communicate()[1]
@@ -184,11 +172,11 @@ def test_a_signal_to_all_stops_all_at_the_same_step(image_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_mistake_ends_all_processes(image_folder, tmp_path):
+def test_a_mistake_ends_all_processes(image_folder, tmp_path, warm):
     config = tiny("dino", image_folder(24), tmp_path / "run")
     config.out.mkdir()
     (config.out / "mine.txt").write_text("mine")
-    codes, said = finish(start(config, tmp_path, 2))
+    codes, said = finish(start(warm, config, tmp_path, 2))
     assert codes == [2, 2]
     assert all("exists already" in text for text in said)
 

@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -30,7 +28,7 @@ def weights(run):
 LONG = {"epochs": 12.0, "drop_path": 0.1}
 
 
-def kill_after_the_first_checkpoint(config, tmp_path):
+def kill_after_the_first_checkpoint(warm, config, tmp_path):
     """Run in another process and kill it, mid-step as it happens."""
     script = tmp_path / "run.py"
     script.write_text(
@@ -38,12 +36,12 @@ def kill_after_the_first_checkpoint(config, tmp_path):
         "from midge.train.config import PretrainConfig; from midge.train.pretrain import pretrain\n"
         f"from pathlib import PosixPath\npretrain({config!r})\n"
     )
-    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
+    process = warm.start(script)
     try:
         wait_for(config.out / "checkpoints" / "last.pt")
         time.sleep(0.1)
     finally:
-        process.kill()
+        process.send_signal(signal.SIGKILL)
         process.wait()
 
 
@@ -63,10 +61,10 @@ OWN = {
 
 
 @pytest.mark.parametrize("method", sorted(OWN))
-def test_killed_and_resumed_equals_uninterrupted(image_folder, tmp_path, capsys, method, tiny):
+def test_killed_and_resumed_equals_uninterrupted(image_folder, tmp_path, capsys, method, tiny, warm):
     data, changes = image_folder(), {**LONG, "method": method, **OWN[method]}
     whole, killed = tiny(data, tmp_path / "whole", **changes), tiny(data, tmp_path / "killed", workers=1, **changes)
-    kill_after_the_first_checkpoint(killed, tmp_path)
+    kill_after_the_first_checkpoint(warm, killed, tmp_path)
     assert not (killed.out / "backbone.safetensors").exists()
     assert pretrain(dataclasses.replace(killed, resume=True)) == 0
     assert "Resumed after step" in capsys.readouterr().err
@@ -143,13 +141,13 @@ def test_killed_before_the_export(image_folder, tmp_path, tiny):
     assert weights(config.out) == expected
 
 
-def test_device_executor_repeats_resumes_and_is_not_mixed_with_the_other(image_folder, tmp_path, tiny):
+def test_device_executor_repeats_resumes_and_is_not_mixed_with_the_other(image_folder, tmp_path, tiny, warm):
     data = image_folder()
     for name, workers in (("a", 0), ("b", 1)):
         assert pretrain(tiny(data, tmp_path / name, epochs=1.0, workers=workers, view_executor="device")) == 0
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     killed = tiny(data, tmp_path / "killed", workers=1, view_executor="device", epochs=12.0)
-    kill_after_the_first_checkpoint(killed, tmp_path)
+    kill_after_the_first_checkpoint(warm, killed, tmp_path)
     with pytest.raises(UserError, match="view_executor 'device' there and 'cpu' now"):
         pretrain(dataclasses.replace(killed, resume=True, view_executor="cpu"))
     assert pretrain(dataclasses.replace(killed, resume=True)) == 0

@@ -19,14 +19,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-THREADS = Path("/proc/self/task")  # Linux
+FORKS = sys.platform == "linux"  # elsewhere the system's own libraries may start threads: Python starts afresh there
+THREADS = Path("/proc/self/task")
 
 
 def main() -> None:
     """Serve until stdin ends."""
-    for name in sys.argv[1:]:
+    for name in sys.argv[1:] if FORKS else ():
         importlib.import_module(name)
-    if THREADS.exists() and (number := len(list(THREADS.iterdir()))) > 1:
+    if FORKS and (number := len(list(THREADS.iterdir()))) > 1:
         sys.exit(f"Importing {sys.argv[1:]} left {number} threads, which a fork would not have: leave the module out.")
     gc.collect()
     gc.freeze()  # else each process copies the pages of all that was imported, to find that it is still in use
@@ -55,6 +56,8 @@ def become(asked: dict[str, Any]) -> None:
         opened = os.open(path, flags)
         os.dup2(opened, number)
         os.close(opened)
+    if not FORKS:
+        os.execv(sys.executable, [sys.executable, *(["-m"] if asked["module"] else []), *asked["run"]])
     sys.argv = list(asked["run"])
     if asked["module"]:
         runpy.run_module(asked["run"][0], run_name="__main__", alter_sys=True)

@@ -220,7 +220,14 @@ def check_batch(
 
 def cannot_load(runtime: str, model: Path, error: Exception) -> UserError:
     """The error for a model that its runtime refuses, as one line."""
+    return _refused(f"{runtime} cannot load", runtime, model, error)
+
+
+def cannot_run(runtime: str, model: Path, error: Exception) -> UserError:
+    """The error for a model that was loaded and fails on its input, as one line."""
+    return _refused(f"{runtime} loads, but cannot run", runtime, model, error)
+
+
+def _refused(what: str, runtime: str, model: Path, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-    return UserError(
-        f"{runtime} cannot load '{model}' ({reason}): export it again, or use another version of {runtime}."
-    )
+    return UserError(f"{what} '{model}' ({reason}): export it again, or use another version of {runtime}.")

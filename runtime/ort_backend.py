@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime as ort
 
-from .backend import Placement, TensorSpec, cannot_load, check_batch
+from .backend import Placement, TensorSpec, cannot_load, cannot_run, check_batch
 from .errors import UserError, unknown_name
 from .macs import INTEGER_TYPES, convolution_macs, matmul_macs
 
@@ -107,13 +107,18 @@ class OrtBackend:
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         """The first output, (N, …) float32, for a batch of ``input_shape``."""
-        check_batch(batch, self.input_shape, self.input_dtype, self.dynamic_batch)
-        return np.asarray(self._session.run(self._outputs[:1], {self._input: batch})[0])
+        return self._run(batch, self._outputs[:1])[0]
 
     def run_all(self, batch: np.ndarray) -> tuple[np.ndarray, ...]:
         """All outputs, (N, …) float32 each."""
+        return tuple(self._run(batch, self._outputs))
+
+    def _run(self, batch: np.ndarray, outputs: list[str]) -> list[np.ndarray]:
         check_batch(batch, self.input_shape, self.input_dtype, self.dynamic_batch)
-        return tuple(map(np.asarray, self._session.run(self._outputs, {self._input: batch})))
+        try:
+            return [np.asarray(output) for output in self._session.run(outputs, {self._input: batch})]
+        except Exception as error:  # its exceptions share no base class
+            raise cannot_run("ONNX Runtime", self.model, error) from None
 
     def close(self) -> None:
         """Free the session."""

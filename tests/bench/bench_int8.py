@@ -134,16 +134,10 @@ def open_all(runtime: str, paths: dict[str, Path]) -> tuple[dict[str, Backend], 
     for name, path in paths.items():
         try:
             backend = BACKENDS[runtime](path, 1)
+            backend.run(np.zeros(backend.input_shape, np.float32))  # what loads may still not run: NNCF's MobileNetV2
         except UserError as error:
             refused[name] = str(error).replace(str(path), path.name)
             say(f"{name}: {refused[name]}")
-            continue
-        try:  # a file that loads may still not run: NNCF's of a MobileNetV2 does not in ONNX Runtime
-            backend.run(np.zeros(backend.input_shape, np.float32))
-        except Exception as error:  # each runtime has its own
-            refused[name] = str(error).strip().splitlines()[0][:300]
-            say(f"{name} loads and does not run: {refused[name]}")
-            backend.close()
         else:
             backends[name] = backend
     return backends, refused

@@ -236,6 +236,36 @@ def test_damaged_models_are_one_line(small: dict[str, Variant], runtime: str, sa
         assert str(model) in str(caught.value)
 
 
+def test_a_model_that_loads_and_fails_on_an_input_is_one_line(tmp_path: Path) -> None:
+    """A Reshape to a shape that is worked out from the image: to (1, 192), the number of its values, or else."""
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    nodes = [
+        helper.make_node("ReduceSum", ["image"], ["sum"], keepdims=0),
+        helper.make_node("Cast", ["sum"], ["whole"], to=TensorProto.INT64),
+        helper.make_node("Reshape", ["whole", "one"], ["number"]),
+        helper.make_node("Div", ["number", "values"], ["images"]),
+        helper.make_node("Concat", ["images", "number"], ["shape"], axis=0),  # one number alone would become -1
+        helper.make_node("Reshape", ["image", "shape"], ["row"]),
+        helper.make_node("ReduceMean", ["row", "one"], ["logits"], keepdims=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "fails",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, (1, 3, 8, 8))],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, (1, 1))],
+        [numpy_helper.from_array(np.array([n], np.int64), name) for name, n in (("one", 1), ("values", 192))],
+    )
+    path = tmp_path / "model.onnx"
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    with open_backend(variant("onnx-fp32", path)) as backend:
+        for run in (backend.run, backend.run_all):
+            np.testing.assert_allclose(np.ravel(run(np.ones((1, 3, 8, 8), np.float32))), [1])
+            with pytest.raises(UserError, match=f"ONNX Runtime loads, but cannot run '{path}'") as caught:
+                run(np.full((1, 3, 8, 8), 2, np.float32))
+            assert "\n" not in str(caught.value)
+
+
 def rewrite(path: Path, change: Callable[[Any], None]) -> None:
     import onnx
 

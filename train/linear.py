@@ -29,7 +29,7 @@ from .finetune import finetune
 from .labelled import labelled_sets, stratified_split
 
 L2_GRID = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001, 0.00001)  # strong to weak
-PATIENCE = 2  # so many strengths in a row no better than the best: the weaker ones take longest, and overfit
+PATIENCE = 2  # so many strengths worse than the best: the weaker ones take longest, and overfit
 HELD_OUT_SHARE = 0.2
 MAX_ITERATIONS = 300
 
@@ -153,16 +153,16 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, num_classes: int, seed: 
     mean, transform = standardization(features[:, learn])
     values, targets = standardized(features[:, learn], mean, transform), np.tile(labels[learn], len(features))
     judged = standardized(features[:1, held_out], mean, transform).numpy()
-    start, l2, best, no_better = None, L2_GRID[0], -1.0, 0
+    start, l2, best, worse = None, L2_GRID[0], -1.0, 0
     for tried in track(L2_GRID, "Choosing the regularization"):
         start = fit_logistic(values, torch.from_numpy(targets), num_classes, tried, start)
         predictions = (judged @ start[0].numpy().T + start[1].numpy()).argmax(axis=1)
         accuracy = float((predictions == labels[held_out]).mean())
         if accuracy > best:  # the strongest of equally good ones
-            l2, best, no_better = tried, accuracy, 0
-        else:
-            no_better += 1
-        if no_better == PATIENCE:
+            l2, best, worse = tried, accuracy, 0
+        elif accuracy < best:  # equally good ones may be those that all give the most frequent class
+            worse += 1
+        if worse == PATIENCE:
             break
     mean, transform = standardization(features)
     values, targets = standardized(features, mean, transform), np.tile(labels, len(features))

@@ -60,7 +60,8 @@ def test_differing_fields_are_named(config):
     before = (config.out / "config.json").read_bytes()
     with pytest.raises(UserError) as caught:
         open_run(resumed(config, epochs=9.0, channels=(8, 16)), FINGERPRINT, 100)
-    assert "(channels [32, 64, 128, 256] there and [8, 16] now, epochs 1.0 there and 9.0 now)" in str(caught.value)
+    differing = f"channels [32, 64, 128, 256] there and [8, 16] now, epochs {config.epochs} there and 9.0 now"
+    assert f"({differing})" in str(caught.value)
     assert (config.out / "config.json").read_bytes() == before
 
 

@@ -1,4 +1,4 @@
-"""Python processes that have imported torch and the runtimes already: what takes most of the time of a short command.
+"""Python processes that have imported torch already: what takes most of the time of a short command.
 
 ``python warm_server.py MODULE …`` imports the modules, runs nothing of them, and then forks a process for each request
 it reads. The process runs a module or a script as ``python -m MODULE`` or ``python FILE`` would, with its own

@@ -203,13 +203,15 @@ def open_session(graph: ModelProto, outputs: list[str]) -> Any:
     onnx = require("onnx", "export")
     import onnxruntime
 
+    from ..runtime.ort_backend import keep_exact
+
     probed = onnx.ModelProto()
     probed.CopyFrom(graph)
     del probed.graph.output[:]
     probed.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in outputs)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.x64quantprecision", "1")  # see runtime/ort_backend.py
+    keep_exact(options)
     return onnxruntime.InferenceSession(probed.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

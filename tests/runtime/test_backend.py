@@ -192,6 +192,21 @@ def test_batches_are_checked_and_outputs_are_not_shared(small: dict[str, Variant
         assert predict(backend, []).shape == (0, 0)
 
 
+@pytest.mark.parametrize("overflows", [True, False])
+def test_exact_products_are_asked_of_onnxruntime_where_they_would_overflow(
+    small: dict[str, Variant], overflows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With AMX, asking for them costs a factor of two."""
+    monkeypatch.setattr("midge.runtime.ort_backend.adds_in_16_bits", lambda: overflows)
+    with open_backend(small["onnxruntime"]) as backend:
+        options = backend._session.get_session_options()  # type: ignore[attr-defined]
+        if overflows:
+            assert options.get_session_config_entry("session.x64quantprecision") == "1"
+        else:
+            with pytest.raises(RuntimeError):
+                options.get_session_config_entry("session.x64quantprecision")
+
+
 def test_threads_and_precision_reach_the_runtimes(small: dict[str, Variant]) -> None:
     import torch
 

@@ -34,7 +34,7 @@ TARGETS = ("onnx", "openvino")
 NEEDED = {
     "train": ("torch", "timm", "lightning", "safetensors"),
     "export": ("onnx", "onnxscript", "onnxslim"),
-    "openvino": ("openvino", "nncf"),
+    "openvino": ("openvino",),
     "report": ("jinja2", "plotly"),
 }
 """Extra -> packages; a lack of one is said before the first minute is spent, not after the fifth."""

@@ -7,9 +7,8 @@
 
 takes run folders with a classifier (examples/cifar10_classifiers.py makes some) and EfficientNet-Lite0 as it was
 trained on ImageNet (examples/efficientnet_lite0.py writes its weights). A variant is written by its steps: `plain`, or
-names of `STEPS` joined by a plus sign, in their order; or it is `nncf`, NNCF's own, in OpenVINO alone. Where the test
-folder's classes are the network's, the table has the top-1 and what it loses against FP32 in the same runtime, image by
-image; the rest is agreement with FP32.
+names of `STEPS` joined by a plus sign, in their order. Where the test folder's classes are the network's, the table has
+the top-1 and what it loses against FP32 in the same runtime, image by image; the rest is agreement with FP32.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from midge.export.clip_weights import clip_weights
 from midge.export.equalize import equalize
 from midge.export.fold import fold_batch_norm
 from midge.export.onnx_export import export_onnx, save_onnx
-from midge.export.openvino_export import quantize_openvino, save_openvino
+from midge.export.openvino_export import save_openvino
 from midge.export.prepare import Prepared
 from midge.export.quantize import DYNAMIC, quantize_dynamic
 from midge.export.ranges import is_transformer, measure_ranges
@@ -58,7 +57,6 @@ STEPS: dict[str, Callable[[Any, np.ndarray], Any]] = {
 }
 EXACT_STEPS = {"equalize", "smooth"}  # which change no output
 BIAS = "bias"
-NNCF = "nncf"
 LITE0 = ModelSpec(
     timm_name="tf_efficientnet_lite0",
     timm_args={},
@@ -120,21 +118,17 @@ def measure_run(run: Path, given: argparse.Namespace, folder: Path) -> list[dict
     labels = images.labels if tuple(images.classes) == spec.labels else None
     graphs = {("fp32", "fp32"): graph}
     for steps in given.variants or default_variants(graph):
-        if steps == NNCF:
-            graphs[NNCF, NNCF] = graph
-            continue
         prepared = prepare(graph, calibration, steps, given)
         graphs |= {(steps, dialect): write(prepared, dialect) for dialect in given.dialects}
     results = []
     for runtime in given.runtimes:
         reference = None
         for (steps, dialect), quantized in graphs.items():
-            if dialect == (DYNAMIC if runtime == "openvino" else NNCF):
+            if runtime == "openvino" and dialect == DYNAMIC:
                 continue
             say(f"{spec.timm_name}: {steps} {dialect} in {runtime}")
-            images_of_nncf = calibration if dialect == NNCF else None
             out = folder / f"{run.name}-{steps}-{dialect}-{runtime}"
-            outputs = run_graph(quantized, runtime, inputs, out, images_of_nncf)
+            outputs = run_graph(quantized, runtime, inputs, out)
             reference = outputs if reference is None else reference
             facts = {"network": spec.timm_name, "runtime": runtime, "steps": steps, "dialect": dialect}
             results.append({**facts, **judge(outputs, reference, labels), "calibration_images": len(calibration)})
@@ -172,18 +166,13 @@ def write(prepared: Prepared, dialect: str) -> Any:
     return prepared.quantize(dialect)
 
 
-def run_graph(
-    graph: Any, runtime: str, inputs: np.ndarray, folder: Path, images_of_nncf: np.ndarray | None = None
-) -> np.ndarray:
-    """Outputs (N, K) for inputs (N, 3, H, W), one at a time, as on a device; quantized by NNCF where it gets images."""
+def run_graph(graph: Any, runtime: str, inputs: np.ndarray, folder: Path) -> np.ndarray:
+    """Outputs (N, K) for inputs (N, 3, H, W), one at a time, as on a device."""
     path = folder / "model.onnx"
     save_onnx(graph, path)
     if runtime == "openvino":
         network, path = path, folder / "ir" / "model.xml"
-        if images_of_nncf is None:
-            save_openvino(network, path)
-        else:
-            quantize_openvino(network, path, images_of_nncf, is_transformer(graph))
+        save_openvino(network, path)
     with open_backend(Variant(f"{runtime}-fp32", path, path.stat().st_size, "0" * 64, "")) as backend:
         return predict(backend, inputs)
 

@@ -113,7 +113,7 @@ class ExportConfig:
 
     qat_epochs: int = 0
     """Train the network for INT8 for so many passes over --qat-images: the FP32 network teaches it, labels are not
-    needed. 0 does not. OpenVINO's INT8 is then written from the trained u8 graph, never by NNCF."""
+    needed. 0 does not."""
 
     qat_images: int = 4096
     """Number of images for that, of the same folder; fewer where they would take above 1 GiB of memory."""

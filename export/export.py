@@ -37,7 +37,7 @@ from .writers import WRITERS, Source, check_packages, suited
 
 TOOLS = ("torch", "timm", "onnx", "onnxscript", "onnxslim", "onnxruntime", "numpy", "pillow")
 GRAPH_TARGETS = ("onnx", "openvino")  # whose variants are made from the ONNX graph as it is delivered
-TARGET_TOOLS = {"openvino": ("openvino", "nncf"), "coreml": ("coremltools",)}
+TARGET_TOOLS = {"openvino": ("openvino",), "coreml": ("coremltools",)}
 
 
 def export_run(config: ExportConfig) -> int:

@@ -19,6 +19,7 @@ from .calibration import Sample
 from .clip_weights import clip_weights
 from .quantize import DIALECTS, quantize_onnx, refuse_quantized
 from .ranges import Ranges, RangeTable, graph_sha256, measure_ranges
+from .smooth import smooth
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -74,8 +75,9 @@ def _correct_biases(prepared: Prepared, images: np.ndarray) -> Prepared:
 
 RangeStep = Callable[[Prepared, np.ndarray], Prepared]
 
-# Name -> step, in the order in which they are taken; images are (N, 3, H, W) float32.
-GRAPH_STEPS: dict[str, Callable[[ModelProto, np.ndarray], ModelProto]] = {}
+# Name -> step, in the order in which they are taken; images are (N, 3, H, W) float32. After those of the graph it
+# computes the same.
+GRAPH_STEPS: dict[str, Callable[[ModelProto, np.ndarray], ModelProto]] = {"smoothing": smooth}
 RANGE_STEPS: dict[str, RangeStep] = {"weight clipping": _clip_weights, "bias correction": _correct_biases}
 
 

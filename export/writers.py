@@ -23,7 +23,7 @@ from .coreml_int8 import quantize_coreml
 from .delivery import Delivery
 from .half_precision import float16_graph
 from .onnx_export import save_onnx
-from .openvino_export import import_nncf, quantize_openvino, save_openvino
+from .openvino_export import save_openvino
 from .prepare import Prepared
 from .quantize import DIALECTS, DYNAMIC, DYNAMIC_OPS, quantize_dynamic
 from .ranges import is_transformer
@@ -127,13 +127,14 @@ def prepared(source: Source) -> Prepared:
 def write_dynamic(source: Source, path: Path) -> None:
     """``onnx-int8-dynamic``: the ranges of activations are found anew for each image.
 
-    From the FP32 graph: corrected biases, or a training, are for static ranges, and its convolutions stay float.
+    From the smoothed graph: corrected biases, or a training, are for static ranges, and its convolutions stay float.
     """
-    float_nodes = prepared(source).float_nodes
-    unquantized = [node.name for node in source.graph.graph.node if node.op_type not in DYNAMIC_OPS]
+    int8 = prepared(source)
+    graph = int8.original or source.graph
+    unquantized = [node.name for node in graph.graph.node if node.op_type not in DYNAMIC_OPS]
     images = source.images[:DYNAMIC_IMAGES]
-    clipped = clip_weights(source.graph, images, (*float_nodes, *unquantized), correctable=False)
-    source.save(quantize_dynamic(clipped, float_nodes), path)
+    clipped = clip_weights(graph, images, (*int8.float_nodes, *unquantized), correctable=False)
+    source.save(quantize_dynamic(clipped, int8.float_nodes), path)
 
 
 def write_openvino(source: Source, path: Path) -> None:
@@ -147,28 +148,20 @@ def write_openvino_fp16(source: Source, path: Path) -> None:
 
 
 def write_openvino_int8(source: Source, path: Path) -> None:
-    """``openvino-int8``: our ``u8`` graph, or NNCF's, whichever is the better for the network (:func:`by_nncf`).
-
-    NNCF starts from the FP32 graph and knows neither layers that stay float nor what a training learned.
-    """
-    int8 = prepared(source)
-    if by_nncf(source.graph) and not int8.float_nodes and not int8.learned:
-        quantize_openvino(source.onnx_path, path, source.images, is_transformer(source.graph), source.delivery)
-        return
+    """``openvino-int8``: our ``s8`` graph of a transformer, ``u8`` of any other (:func:`openvino_dialect`)."""
     with tempfile.TemporaryDirectory() as work:
         onnx_path = Path(work) / "model.onnx"
-        save_onnx(int8.quantize("onnx-int8-u8"), onnx_path)
+        save_onnx(prepared(source).quantize(openvino_dialect(source.graph)), onnx_path)
         save_openvino(onnx_path, path, source.delivery)
 
 
-def by_nncf(graph: ModelProto) -> bool:
-    """Whether NNCF quantizes a network better for OpenVINO than our ``u8`` graph does: transformers alone.
+def openvino_dialect(graph: ModelProto) -> str:
+    """The dialect that OpenVINO computes fastest: a zero point costs matrix products more than convolutions.
 
-    On a CPU with VNNI its ViT-Ti was 2.0 times as fast as FP32, ours 1.45 times. Of CNNs NNCF is faster where there are
-    no depthwise convolutions, which it leaves in float (ResNet18 3.7 times, ours 3.4; MobileNetV2 1.4, ours 2.0 to
-    2.4), but strays further: a ResNet18's logits had a mean cosine of 0.9970 to FP32, ours 0.9997.
+    Times as fast as FP32 on one thread at 224 px, with AMX / AVX512-VNNI / AVX2-VNNI: a ViT-Ti in ``s8`` 2.85 / 2.09 /
+    1.74, in ``u8`` 1.80 / 1.72 / 1.45; a ResNet18 in ``s8`` 9.8 / 3.2 / 2.6, in ``u8`` 10.2 / 3.8 / 3.4.
     """
-    return is_transformer(graph)
+    return "onnx-int8-s8" if is_transformer(graph) else "onnx-int8-u8"
 
 
 def write_tensorrt(source: Source, path: Path) -> None:
@@ -230,9 +223,9 @@ WRITERS: dict[str, Writer] = {
     "openvino-int8": Writer(
         "model.xml",
         write_openvino_int8,
-        "The u8 graph, or for transformers NNCF's, on the same calibration images.",
+        "The u8 graph, of transformers the s8 graph, as OpenVINO's files.",
         needs_ranges=True,
-        packages=(*OPENVINO, ("nncf", "openvino")),
+        packages=OPENVINO,
     ),
     "tensorrt-fp32": Writer("model.onnx", write_tensorrt, ENGINE_NOTE),
     "tensorrt-fp16": Writer("model.onnx", write_tensorrt_fp16, ENGINE_NOTE),
@@ -269,9 +262,7 @@ def check_packages(variants: Sequence[str]) -> None:
     for module in ("onnx", "onnxscript", "onnxslim"):
         require(module, "export")
     for module, extra in dict.fromkeys(package for variant in variants for package in WRITERS[variant].packages):
-        if module == "nncf":
-            import_nncf()
-        elif module == "coremltools":
+        if module == "coremltools":
             import_coremltools()
         else:
             require(module, extra)

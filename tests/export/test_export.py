@@ -46,7 +46,7 @@ def test_the_artifact_describes_the_run(artifact: Artifact, run: Path, images: P
     origin = artifact.manifest["origin"]
     assert (origin["run"], origin["exported"], origin["data_fingerprint"]) == ("run", "classifier", "f" * 64)
     assert origin["config_sha256"] == sha256_file(run / "config.json")
-    assert {"torch", "onnx", "onnxruntime", "openvino", "nncf"} <= artifact.manifest["tools"].keys()
+    assert {"torch", "onnx", "onnxruntime", "openvino"} <= artifact.manifest["tools"].keys()
     assert str(images) not in json.dumps(artifact.manifest)
     assert "TensorRT" in artifact.variants["onnx-int8-s8"].note
 
@@ -173,9 +173,7 @@ def test_a_taken_folder_is_refused_at_once(run: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize(
-    ("package", "extra"), [("openvino", "openvino"), ("nncf", "openvino"), ("onnxslim", "export"), ("timm", "train")]
-)
+@pytest.mark.parametrize(("package", "extra"), [("openvino", "openvino"), ("onnxslim", "export"), ("timm", "train")])
 def test_a_missing_package_is_named_before_any_work(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, extra: str
 ) -> None:
@@ -187,7 +185,6 @@ def test_a_missing_package_is_named_before_any_work(
 
 def test_onnx_needs_no_openvino(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.setitem(sys.modules, "nncf", None)
     assert "onnx-fp32" in load_artifact(export(run, tmp_path / "x", targets=("onnx",), precision=("fp32",))).variants
 
 

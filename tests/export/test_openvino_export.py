@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import resource
 import sys
 from pathlib import Path
@@ -11,10 +10,10 @@ import pytest
 
 from midge.export.delivery import Delivery
 from midge.export.onnx_export import save_onnx
-from midge.export.openvino_export import import_nncf, quantize_openvino, save_openvino
+from midge.export.openvino_export import save_openvino
 from midge.export.prepare import Prepared
 from midge.export.ranges import measure_ranges
-from midge.export.writers import WRITERS, Source, by_nncf
+from midge.export.writers import WRITERS, Source, openvino_dialect
 from midge.runtime.artifact import Artifact
 from midge.runtime.backend import predict
 from midge.runtime.errors import UserError
@@ -61,42 +60,22 @@ def test_layers_that_stay_float_take_the_u8_graph(artifact: Artifact, tmp_path: 
     assert (types.count("i8"), types.count("f32")) == (20, 2)
 
 
-def test_transformers_alone_are_left_to_nncf(artifact: Artifact, vit: onnx.ModelProto) -> None:
-    assert by_nncf(vit)
-    assert not by_nncf(onnx.load(artifact.variants["onnx-fp32"].model))
-
-
-def test_what_was_trained_is_not_left_to_nncf(artifact: Artifact, vit: onnx.ModelProto, tmp_path: Path) -> None:
-    """The trained graph's last weights are 0 here, so that each image has the same logits: NNCF would not know."""
+def test_a_transformer_is_written_from_the_s8_graph(artifact: Artifact, vit: onnx.ModelProto, tmp_path: Path) -> None:
     images = np.random.default_rng(0).normal(size=(2, *artifact.input_shape[1:])).astype(np.float32)
     table = measure_ranges(vit, images)
-    graph = onnx.ModelProto()
-    graph.CopyFrom(vit)
-    name = next(node.input[1] for node in reversed(graph.graph.node) if node.op_type == "Gemm")
-    tensor = next(tensor for tensor in graph.graph.initializer if tensor.name == name)
-    tensor.CopyFrom(onnx.numpy_helper.from_array(0 * onnx.numpy_helper.to_array(tensor), name))
-    int8 = Prepared(graph, table.choose("mse"), table.choose_symmetric("mse"), trained={"kept": True})
+    int8 = Prepared(vit, table.choose("mse"), table.choose_symmetric("mse"))
     reference = artifact.variants["torch-fp32"].model
     model, spec = load_model(reference.parent, reference.stem)
-    save_onnx(vit, tmp_path / "model.onnx")
-    source = Source(model, model, spec, vit, tmp_path / "model.onnx", images, int8, Delivery(spec.preprocess, {}))
+    source = Source(model, model, spec, vit, tmp_path / "none.onnx", images, int8, Delivery(spec.preprocess, {}))
     WRITERS["openvino-int8"].write(source, tmp_path / "int8" / "model.xml")
-    with OpenVinoBackend(tmp_path / "int8" / "model.xml", threads=1) as backend:
-        one, two = predict(backend, images)
-    np.testing.assert_array_equal(one, two)
-
-
-def test_quantizing_is_quiet_and_reports_to_nobody(
-    artifact: Artifact, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    images = np.random.default_rng(0).normal(size=(4, *artifact.input_shape[1:])).astype(np.float32)
-    onnx_path = artifact.variants["onnx-fp32"].model
-    for name in ("a", "b"):
-        quantize_openvino(onnx_path, tmp_path / name / "model.xml", images, transformer=False)
-    assert capfd.readouterr() == ("", "")
-    assert os.environ["NNCF_CI"]
-    for file in ("model.xml", "model.bin"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    save_onnx(int8.quantize("onnx-int8-s8"), tmp_path / "s8.onnx")
+    with (
+        OpenVinoBackend(tmp_path / "int8" / "model.xml", threads=1) as written,
+        OpenVinoBackend(tmp_path / "s8.onnx", threads=1) as s8,
+    ):
+        np.testing.assert_array_equal(predict(written, images), predict(s8, images))
+    assert openvino_dialect(vit) == "onnx-int8-s8"
+    assert openvino_dialect(onnx.load(artifact.variants["onnx-fp32"].model)) == "onnx-int8-u8"
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(artifact: Artifact, tmp_path: Path) -> None:
@@ -110,13 +89,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(artifact: Artifact, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("package", ["openvino", "nncf"])
-def test_missing_packages_name_the_extra(
-    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+def test_a_missing_openvino_names_the_extra(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"'{package}' is not installed .*midge\[openvino\]"):
-        if package == "nncf":
-            import_nncf()
-        else:
-            save_openvino(artifact.variants["onnx-fp32"].model, tmp_path / "model.xml")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(UserError, match=r"'openvino' is not installed .*midge\[openvino\]"):
+        save_openvino(artifact.variants["onnx-fp32"].model, tmp_path / "model.xml")

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any, cast
+
 import numpy as np
 import onnx
 import pytest
@@ -7,12 +10,16 @@ import timm
 import torch
 from onnx import helper
 
+from midge.export.delivery import Delivery
 from midge.export.graph_edit import observe, weights, with_weights
 from midge.export.onnx_export import export_onnx
-from midge.export.quantize import DIALECTS, quantize_onnx
+from midge.export.prepare import prepare
+from midge.export.quantize import DIALECTS, DYNAMIC, quantize_onnx
 from midge.export.ranges import open_session
 from midge.export.smooth import choose_scales, find_smoothable, smooth, smoothing_scales
+from midge.export.writers import WRITERS, Source
 from midge.runtime.parity import Parity, compare_outputs
+from midge.runtime.preprocess import Preprocess
 
 PX = 32
 
@@ -92,6 +99,17 @@ def test_the_network_computes_the_same_under_the_same_names(vit: onnx.ModelProto
         norms = find_smoothable(vit)
         assert changed == {n for norm in norms for n in (norm.scale, norm.bias, *(name for name, _ in norm.products))}
     assert vit.SerializeToString() == before
+
+
+def test_planted_outliers_ruin_no_form_that_is_exported(vit: onnx.ModelProto, tmp_path: Path) -> None:
+    images, others = draw(16, seed=0), draw(24, seed=1)
+    expected, absent = run(vit, others), cast(Any, None)
+    int8, _ = prepare(vit, images, "minmax")
+    source = Source(absent, absent, absent, vit, tmp_path / "none", images, int8, Delivery(Preprocess(PX, PX), {}))
+    WRITERS[DYNAMIC].write(source, tmp_path / "model.onnx")
+    forms = {name: int8.quantize(name) for name in DIALECTS} | {DYNAMIC: onnx.load(tmp_path / "model.onnx")}
+    for name, graph in forms.items():
+        assert compare_outputs(run(graph, others), expected).cosine_mean > 0.998, name
 
 
 def test_planted_outliers_no_longer_ruin_min_max(vit: onnx.ModelProto) -> None:

@@ -50,7 +50,7 @@ class FakeQuantize(torch.autograd.Function):
         """
         scale = (high - low) / (qmax - qmin)
         zero_point = int(torch.round(qmin - low / scale))
-        return x.div(scale).round_().clamp_(qmin - zero_point, qmax - zero_point).mul_(scale)
+        return x.contiguous().div(scale).round_().clamp_(qmin - zero_point, qmax - zero_point).mul_(scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -63,12 +63,20 @@ class FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         """Gradients of x, low and high."""
         (gradient,), (x, low, high, y), (qmin, qmax) = gradients, ctx.saved_tensors, ctx.limits
+        gradient, x = gradient.contiguous(), x.contiguous()
         scale = (high - low) / (qmax - qmin)
         zero_point = torch.round(qmin - low / scale)
-        below, above = x < (qmin - zero_point) * scale, x > (qmax - zero_point) * scale
-        inside = gradient.masked_fill(below | above, 0)
-        rounding = ((y - x) * inside).sum() / scale / (qmax - qmin)  # what a longer scale does inside
-        return inside, (gradient * below).sum() - rounding, (gradient * above).sum() + rounding, None, None
+        first, last = (((limit - zero_point) * scale).item() for limit in (qmin, qmax))
+        # A mask that multiplies is turned into floats first, and that was a third of a training step. Below may be many
+        # values, where a ReLU folds into the rounding; above are few, which are found by their places.
+        inside = torch.where(x < first, 0.0, gradient)
+        of_low = gradient.sum() - inside.sum()
+        above = (x > last).view(-1).nonzero().squeeze(1)
+        of_high = gradient.view(-1)[above].sum()
+        inside.view(-1).index_fill_(0, above, 0.0)
+        # What a longer scale does inside.
+        rounding = torch.dot(inside.view(-1), (y - x).view(-1)) / scale / (qmax - qmin)
+        return inside, of_low - rounding, of_high + rounding, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:

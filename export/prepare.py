@@ -19,6 +19,7 @@ from .calibration import Sample
 from .clip_weights import clip_weights
 from .quantize import DIALECTS, quantize_onnx, refuse_quantized
 from .ranges import Ranges, RangeTable, graph_sha256, measure_ranges
+from .rounding import round_weights
 from .smooth import smooth
 
 if TYPE_CHECKING:
@@ -65,6 +66,11 @@ def _clip_weights(prepared: Prepared, images: np.ndarray) -> Prepared:
     return dataclasses.replace(prepared, graph=clipped, original=prepared.graph)
 
 
+def _round_weights(prepared: Prepared, images: np.ndarray) -> Prepared:
+    """Weights on their grids, so that a layer's output changes least; the grids are the same in all dialects."""
+    return dataclasses.replace(prepared, graph=round_weights(prepared.graph, images, prepared.float_nodes))
+
+
 def _correct_biases(prepared: Prepared, images: np.ndarray) -> Prepared:
     """Bias correction, for the dialect that quantizes most; the weights, the main cause, are the same in all."""
     quantized = prepared.quantize("onnx-int8-u8")
@@ -78,7 +84,11 @@ RangeStep = Callable[[Prepared, np.ndarray], Prepared]
 # Name -> step, in the order in which they are taken; images are (N, 3, H, W) float32. After those of the graph it
 # computes the same.
 GRAPH_STEPS: dict[str, Callable[[ModelProto, np.ndarray], ModelProto]] = {"smoothing": smooth}
-RANGE_STEPS: dict[str, RangeStep] = {"weight clipping": _clip_weights, "bias correction": _correct_biases}
+RANGE_STEPS: dict[str, RangeStep] = {
+    "weight clipping": _clip_weights,
+    "weight rounding": _round_weights,
+    "bias correction": _correct_biases,
+}
 
 
 def training(teacher: ModelProto, sample: Sample, epochs: int, lr: float, seed: int) -> RangeStep:

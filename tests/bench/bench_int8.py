@@ -164,7 +164,7 @@ def write_files(
             files[runtime]["NNCF defaults"] = by_nncf[runtime]
     if transformer and "onnxruntime" in files:
         files["onnxruntime"]["dynamic"] = folder / "dynamic.onnx"
-        save_onnx(quantize_dynamic(prepared.graph), files["onnxruntime"]["dynamic"])
+        save_onnx(quantize_dynamic(prepared.original or graph), files["onnxruntime"]["dynamic"])
     return files
 
 
@@ -196,12 +196,13 @@ def quantize_nncf(path: Path, onnx_path: Path, openvino_path: Path, photos: np.n
     import openvino
 
     nncf.set_log_level(logging.ERROR)
-    subset = {"subset_size": len(photos)}
-    quantized = nncf.quantize(onnx.load(path), nncf.Dataset([{INPUT: photo[None]} for photo in photos]), **subset)
+    quantized = nncf.quantize(
+        onnx.load(path), nncf.Dataset([{INPUT: photo[None]} for photo in photos]), subset_size=len(photos)
+    )
     save_onnx(quantized, onnx_path)
     model = openvino.Core().read_model(path)
     openvino_path.parent.mkdir()
-    quantized = nncf.quantize(model, nncf.Dataset([photo[None] for photo in photos]), **subset)
+    quantized = nncf.quantize(model, nncf.Dataset([photo[None] for photo in photos]), subset_size=len(photos))
     openvino.save_model(quantized, openvino_path, compress_to_fp16=False)
 
 

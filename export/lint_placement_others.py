@@ -38,6 +38,8 @@ def openvino_reason(graph: Graph, node: Node) -> tuple[str, str]:
             return "float-type", f"quantized to {quantization.type.upper() or 'unknown integers'}"
     if data.scale is None or second.scale is None:
         return "float-scale", "a scale is no constant"
+    if node.op == "Conv" and data.type == "int8" and data.zero_point is not None and data.zero_point.any():
+        return "signed-zero-point", "its data is INT8 with a zero point that is not 0"
     if second.type != "int8":
         return "unsigned-second", f"its second input is {second.type.upper()}"
     if second.zero_point is not None and second.zero_point.any():

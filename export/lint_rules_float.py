@@ -44,6 +44,7 @@ def float_because(reason: str) -> Check:
 ORT = {"onnxruntime": Says(WARNING, "computed in float, with the Q/DQ around it as extra work", ORT_OPTIMIZER)}
 ORT_ON_X86 = {"onnxruntime": Says(WARNING, "computed in float on x86, where only UINT8 has kernels", ORT_OPTIMIZER)}
 OPENVINO = {"openvino": Says(WARNING, "computed in float", OPENVINO_LPT)}
+OPENVINO_WITH_AMX = {"openvino": Says(WARNING, "computed in float on CPUs with AMX", OPENVINO_LPT)}
 BY_NVIDIAS_RULES = on_tensorrt(WARNING, "computed in float, by NVIDIA's rules", PLACEMENT_RULES, tried=False)
 ALL = ORT | OPENVINO | BY_NVIDIAS_RULES
 AS_SAID = on(PLACEMENTS, NOTE, "computed in float, as the file says")
@@ -68,6 +69,7 @@ REASONS: dict[str, tuple[str, dict[str, Says]]] = {
     "bias-scale": ("Store the bias in the scale of data times weights.", ORT),
     "float-gemm": ("Fold alpha and beta into weights and bias.", ORT),
     "signed-fanout": ("Quantize activations to UINT8, as midge's onnx-int8-u8 does.", ORT_ON_X86),
+    "signed-zero-point": ("Quantize data to UINT8, or to INT8 without a zero point.", OPENVINO_WITH_AMX),
     "unsigned-second": ("Quantize weights, and second factors, to INT8.", OPENVINO),
     "second-zero-point": ("Quantize weights, and second factors, symmetrically.", OPENVINO),
     "weight-axis-float": ("Quantize weights per output channel.", ORT | OPENVINO),

@@ -99,7 +99,8 @@ def assert_same_run(a, b, atol=1e-5):
         torch.testing.assert_close(two[name], value, rtol=0, atol=atol, msg=name)
     states = [torch.load(config.out / "checkpoints/last.pt", weights_only=True)["method"] for config in (a, b)]
     for name, value in states[0].items():
-        torch.testing.assert_close(states[1][name], value, rtol=0, atol=10 * atol, msg=name)
+        # A bias of the head is 422 at the end, where float32 has steps of 3e-5: hence rtol, of 8 float32 epsilons.
+        torch.testing.assert_close(states[1][name], value, rtol=1e-6, atol=10 * atol, msg=name)
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from midge.export.lint import Report, lint_graph
 from midge.export.lint_read import read_graph
 from midge.export.lint_rule import ERROR, NOTE, WARNING
 from midge.export.lint_rules import RULES
+from midge.export.lint_rules_float import float_nodes
 from midge.export.lint_targets import TARGETS
 from midge.runtime import ort_backend
 from midge.runtime.artifact import Artifact
@@ -495,11 +496,9 @@ def check_openvino(path: Path) -> None:
     if rules_of(report, WARNING) & {"scale", "scale-infinite"}:
         return  # which of both it does depends on what it fuses
     assert report.taken("openvino") == taken
-    if "signed-zero-point" in rules_of(report, WARNING) and not has_amx():
-        assert share != 0  # elsewhere it is computed in integers, as the consequence says
-        return
     if share is not None:
-        floats = report.float_names("openvino") or []
+        reasons = [why for why, _ in float_nodes(report.graph, "openvino").values()]
+        floats = [why for why in reasons if why != "signed-zero-point" or has_amx()]  # which holds with AMX alone
         assert (share == 1) == (not floats)
         assert (share == 0) == (len(floats) == len(report.graph.weighted))
 

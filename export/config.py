@@ -111,6 +111,10 @@ class ExportConfig:
     """How the ranges of activations are chosen: minmax, percentile (99.99 %; also percentile-99.9, percentile-99.999),
     mse (smallest squared error), entropy. All are stored."""
 
+    float_layers: tuple[str, ...] = ()
+    """Leave these layers in float in the INT8 variants: names as midge quantize prints them, with --sensitivity or
+    --budget."""
+
     qat_epochs: int = 0
     """Train the network for INT8 for so many passes over --qat-images: the FP32 network teaches it, labels are not
     needed. 0 does not."""
@@ -239,12 +243,12 @@ class QuantizeConfig:
     """Quantize one layer at a time and print what it costs: SQNR, cosine and top-1 agreement with FP32."""
 
     budget: float | None = None
-    """Leave the costliest layers in float until at most so many points are lost on held-out images: images with
-    another top-1 than FP32 of a classifier, 100 (1 - mean cosine) of features. It is held for onnx-int8-u8; the
-    other INT8 variants keep the same layers in float, and are not measured."""
+    """Leave as few layers in float as let at most so many points be lost on held-out images: images with another top-1
+    than FP32 of a classifier, 100 (1 - mean cosine) of features. It is held for onnx-int8-u8; the other INT8 variants
+    keep the same layers in float, and are not measured."""
 
     limit: int = 128
-    """Calibration images on which the costs are measured."""
+    """Calibration images on which the costs of layers, and of rounding each activation, are measured."""
 
     held_out: int = 1000
     """Images of --data, not calibrated on and no evaluation images, on which the budget is held; no labels needed."""

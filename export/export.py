@@ -71,7 +71,9 @@ def export_run(config: ExportConfig) -> int:
             outputs = write_golden_pack(folder, folder / models[REFERENCE], samples)
         if count:
             tools, trained = tool_versions(variants), int8.trained if int8 else None
-            write_calibration(folder, samples, table, config.calibration, config.seed, tools, trained=trained)
+            write_calibration(
+                folder, samples, table, config.calibration, config.seed, tools, config.float_layers, trained
+            )
         builds = note_builds(folder, variants) if config.check_build else True
         write_manifest(
             folder,
@@ -159,7 +161,7 @@ def write_variants(
                     sample = dataclasses.replace(sample, inputs=spec.preprocess.normalize(sample.inputs))
                 steps["training"] = training(graph, sample, config.qat_epochs, config.qat_lr, config.seed)
             with timed(seconds, "calibration"):
-                int8, table = prepare(graph, images, config.calibration, range_steps=steps)
+                int8, table = prepare(graph, images, config.calibration, config.float_layers, range_steps=steps)
         delivery = Delivery(spec.preprocess, describe_graph(subject.kind, spec))
         source = Source(model, folded, spec, graph, onnx_path, images, int8, delivery)
         for variant in variants:

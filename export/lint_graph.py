@@ -85,12 +85,14 @@ class Quantization:
     is_constant: bool
 
     def same_steps(self, other: Quantization) -> bool:
-        """Whether both mean the same numbers by the same integers. Unknown ones count as the same."""
+        """Whether both mean the same numbers by the same integers, one for all or for each channel.
+
+        Unknown ones count as the same.
+        """
         pairs = ((self.scale, other.scale), (self.zero_point, other.zero_point))
-        return all(
-            a is None or b is None or np.array_equal(a.ravel(), b.ravel(), equal_nan=a.dtype.kind == "f")
-            for a, b in pairs
-        ) and (not self.type or not other.type or self.type == other.type)
+        return all(a is None or b is None or _equal(a.ravel(), b.ravel()) for a, b in pairs) and (
+            not self.type or not other.type or self.type == other.type
+        )
 
 
 class Graph:
@@ -256,6 +258,13 @@ class Graph:
             yield node, node.domain, node.op
             for inner in _inner_nodes(node):
                 yield node, _domain(inner.domain), text(inner.op_type)
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two rows of numbers are equal, where one number stands for as many as the other has."""
+    if 1 in {a.size, b.size} and a.size and b.size:
+        a, b = np.broadcast_arrays(a, b)
+    return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
 
 
 def _node(index: int, proto: NodeProto) -> Node:

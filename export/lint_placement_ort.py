@@ -49,6 +49,8 @@ def ort_reason(graph: Graph, node: Node) -> tuple[str, str]:
         if quantization is not None and quantization.type not in EIGHT_BITS:
             return "float-type", f"quantized to {quantization.type.upper() or 'unknown integers'}"
     if data.scale is not None and data.scale.size != 1:
+        if second is None:
+            return LEFT_FLOAT, "its weights are float, and its data has a scale per channel"
         return "float-scale", "its data has a scale per channel"
     if data.scale is not None and np.isnan(data.scale).any():
         return "float-scale", "the scale of its data is not a number"

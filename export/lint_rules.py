@@ -226,8 +226,8 @@ RULES: dict[str, Rule] = {
     ),
     "float-weights-quantized": Rule(
         ort.quantized_on_loading,
-        "Store quantized weights, per channel.",
-        {"onnxruntime": Says(NOTE, "quantized on loading, with one scale for all channels", ORT_OPTIMIZER)},
+        "Store quantized weights, per channel; or read the data with a scale for each channel, which keeps it float.",
+        {"onnxruntime": Says(WARNING, "quantized on loading, with one scale for all channels", ORT_OPTIMIZER)},
     ),
     **FLOAT_RULES,
     # Said only where nothing above says why a runtime refuses the file.

@@ -17,6 +17,7 @@ import numpy as np
 from .bias_correction import correct_biases
 from .calibration import Sample
 from .clip_weights import clip_weights
+from .float_layers import check_float_layers
 from .quantize import DIALECTS, quantize_onnx, refuse_quantized
 from .ranges import Ranges, RangeTable, graph_sha256, measure_ranges
 from .rounding import round_weights
@@ -34,7 +35,7 @@ class Prepared:
         graph: float32 ONNX graph; its weights and biases may be others than the exported network's.
         ranges: of its activations, for those that have a zero point.
         symmetric_ranges: the same for those that have none.
-        float_nodes: names of the weighted operators that stay float.
+        float_nodes: names of the nodes that stay float.
         trained: what calibration.json says of the training for INT8; empty where there was none.
         original: the graph before its weights were clipped, whose means the biases must keep; None for ``graph``.
     """
@@ -138,7 +139,7 @@ def prepare(
         graph: the FP32 graph, of batch 1.
         images: (N, 3, H, W) float32, preprocessed calibration images.
         method: a name in ``METHODS``.
-        float_nodes: names of the weighted operators that stay float.
+        float_nodes: names of the nodes that stay float.
         stored: ranges that were measured before; they are taken where they belong to the same graph.
         range_steps: the steps that follow the ranges.
 
@@ -146,9 +147,10 @@ def prepare(
         What the variants are written from, and the ranges by every method.
 
     Raises:
-        UserError: the graph is quantized already.
+        UserError: the graph is quantized already, or has no such node.
     """
     refuse_quantized(graph)
+    check_float_layers(graph, float_nodes)
     for change in GRAPH_STEPS.values():
         graph = change(graph, images)
     table = stored if stored and stored.graph_sha256 == graph_sha256(graph) else measure_ranges(graph, images)

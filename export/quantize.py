@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..runtime.errors import UserError, require
+from .float_layers import detach_float_layers
 from .onnx_export import without_notes
 from .ranges import WEIGHTED, Ranges, is_transformer
 
@@ -149,8 +150,11 @@ def quantize_onnx(
         extra_options={**dialect.options, "OpTypesToExcludeOutputQuantization": list(dialect.float_outputs)},
     )
     if not transformer and "Add" not in dialect.ops and not only:
-        for tensor in float_residuals(model):
+        for tensor in float_residuals(model, float_nodes):
             quantizer.quantize_activation_tensor(tensor)
+    quantizer.quantize_model()
+    if float_nodes:
+        detach_float_layers(quantizer.model.model, float_nodes, apart=not dialect.symmetric)
     return _written_by(quantizer)
 
 
@@ -188,13 +192,13 @@ def quantize_dynamic(graph: ModelProto, float_nodes: Collection[str] = ()) -> Mo
         op_types_to_quantize=list(DYNAMIC_OPS),
         extra_options={"MatMulConstBOnly": True},
     )
+    quantizer.quantize_model()
     return _written_by(quantizer)
 
 
 def _written_by(quantizer: Any) -> ModelProto:
-    """What one of ORT's quantizers makes, in order, without notes, and checked."""
+    """What one of ORT's quantizers made, in order, without notes, and checked."""
     onnx = require("onnx", "export")
-    quantizer.quantize_model()
     quantizer.model.topological_sort()
     quantized = quantizer.model.model
     without_notes(quantized)
@@ -202,13 +206,14 @@ def _written_by(quantizer: Any) -> ModelProto:
     return quantized
 
 
-def float_residuals(model: ModelProto) -> list[str]:
+def float_residuals(model: ModelProto, float_nodes: Collection[str] = ()) -> list[str]:
     """One input of each addition of two activations of which no weighted operator takes either, and so quantizes it.
 
     It is the second, which is the shortcut where ``x = x + shortcut`` was traced: the first stays float and fuses with
     the convolution that makes it.
     """
     constants = {tensor.name for tensor in model.graph.initializer}
-    quantized = {name for node in model.graph.node if node.op_type in WEIGHTED for name in node.input}
-    additions = [node.input for node in model.graph.node if node.op_type == "Add"]
+    nodes = [node for node in model.graph.node if node.name not in float_nodes]
+    quantized = {name for node in nodes if node.op_type in WEIGHTED for name in node.input}
+    additions = [node.input for node in nodes if node.op_type == "Add"]
     return [inputs[1] for inputs in additions if not (constants | quantized).intersection(inputs)]

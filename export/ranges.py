@@ -234,7 +234,7 @@ def write_calibration(
         method: a name in ``METHODS``, by which the ranges were chosen.
         seed: of the draw.
         tools: package -> version.
-        float_nodes: names of the weighted operators that stay float.
+        float_nodes: names of the nodes that stay float.
         trained: settings, images and result of a training for INT8; None or empty where there was none.
     """
     calibration = {

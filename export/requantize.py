@@ -28,11 +28,12 @@ from .config import QuantizeConfig
 from .delivery import Delivery, describe_graph
 from .export import tool_versions
 from .fold import fold_batch_norm
+from .mixed_precision import keep_budget, measure_roundings, order_float_layers
 from .onnx_export import save_onnx, without_notes
 from .prepare import RANGE_STEPS, Prepared, prepare
 from .quantize import refuse_quantized
 from .ranges import FILE, METHODS, SCHEMA, RangeTable, check_method, write_calibration
-from .sensitivity import DIALECT, LayerCost, by_cost, damage, keep_budget, layer_costs, run_graph
+from .sensitivity import DIALECT, LayerCost, by_cost, damage, layer_costs, run_graph
 from .sensitivity_plot import print_costs
 from .writers import WRITERS, Source, check_packages
 
@@ -65,7 +66,7 @@ def quantize(config: QuantizeConfig) -> int:
     clipping = {"weight clipping": RANGE_STEPS["weight clipping"]}  # a layer is judged by the scales it will have
     plain, table = prepare(graph, inputs, method, stored=table, range_steps=clipping)
     costs: list[LayerCost] = []
-    if config.sensitivity or config.budget is not None:
+    if config.sensitivity:
         costs = layer_costs(graph, plain, inputs[: config.limit])
 
     def prepared_with(float_nodes: tuple[str, ...]) -> Prepared:
@@ -75,11 +76,12 @@ def quantize(config: QuantizeConfig) -> int:
     if config.budget is not None:
         held_out, classifier = read_held_out(config, artifact, samples), artifact.kind == "classifier"
         reference = run_graph(graph, held_out)
+        sets = order_float_layers(graph, measure_roundings(plain, inputs[: config.limit]))
         prepared, lost = keep_budget(
-            prepared_with, costs, lambda int8: damage(int8, reference, held_out, classifier), config.budget
+            prepared_with, sets, lambda int8: damage(int8, reference, held_out, classifier), config.budget
         )
     elif config.out is not None:
-        prepared = prepared_with(())
+        prepared = prepared_with(read_float_layers(stored))
     if config.out is not None:
         with atomic_folder(config.out) as folder:
             write_artifact(folder, artifact, graph, samples, prepared)
@@ -138,6 +140,18 @@ def read_method(stored: Fields, chosen: str | None) -> tuple[str, RangeTable | N
     method = stored.choice("method", METHODS)
     table = RangeTable.from_json(stored.fields("ranges")) if "ranges" in stored.value else None
     return chosen or method, table
+
+
+def read_float_layers(stored: Fields) -> tuple[str, ...]:
+    """The layers that an artifact's INT8 variants leave in float.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    names = stored.value.get("float_nodes", [])
+    if not isinstance(names, list) or len(names) > MAX_ITEMS or not all(isinstance(name, str) for name in names):
+        raise stored.wrong("float_nodes", names, f"a list of at most {MAX_ITEMS} names")
+    return tuple(names)
 
 
 def read_stored_images(stored: Fields, config: QuantizeConfig, artifact: Artifact) -> Samples:

@@ -1,8 +1,7 @@
-"""Which layer costs how much of an INT8 network, and which must stay float to keep a budget.
+"""Which layer costs how much of an INT8 network.
 
 One weighted operator at a time is quantized, the others stay float, and the outputs are compared with the FP32 graph's
-on calibration images; so no labels are needed. Float layers are then chosen in the order of their cost, as few as
-keep the damage of the whole network, on images that were not calibrated on, within the budget.
+on calibration images; so no labels are needed.
 """
 
 from __future__ import annotations
@@ -10,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..runtime.errors import UserError
 from ..runtime.parity import compare_outputs
-from ..runtime.progress import say, track
+from ..runtime.progress import track
 from .bias_correction import correct_biases
+from .float_layers import FUSED
+from .graph_edit import consumers
 from .onnx_export import INPUT
 from .prepare import Prepared
 from .quantize import DIALECTS, quantize_onnx
@@ -67,10 +67,13 @@ def layer_costs(graph: ModelProto, prepared: Prepared, images: np.ndarray) -> li
     reference = run_graph(graph, images)
     weights = {tensor.name: tensor for tensor in prepared.graph.graph.initializer}
     nodes = [node for node in graph.graph.node if node.op_type in WEIGHTED]
+    uses = consumers(graph)
     costs = []
     for node in track(nodes, "Quantizing one layer at a time"):
         changed = with_tensors_of(node, graph, weights)
-        write = functools.partial(quantize_onnx, ranges=prepared.ranges, dialect=DIALECTS[DIALECT], only=[node.name])
+        # With its activation, as it is fused: what the layer gives before a ReLU6 can be ten times as wide as after.
+        only = [node.name, *(after.name for after in uses.get(node.output[0], ()) if after.op_type in FUSED)]
+        write = functools.partial(quantize_onnx, ranges=prepared.ranges, dialect=DIALECTS[DIALECT], only=only)
         quantized = write(correct_biases(changed, write(changed), images, reference=graph, only=[node.name]))
         outputs = run_graph(quantized, images)
         parity = compare_outputs(outputs, reference)
@@ -116,56 +119,6 @@ def damage(prepared: Prepared, reference: np.ndarray, images: np.ndarray, classi
     """
     parity = compare_outputs(run_graph(prepared.quantize(DIALECT), images), reference)
     return 100 * (1 - (parity.top1_agreement if classifier else parity.cosine_mean))
-
-
-def keep_budget(
-    prepare: Callable[[tuple[str, ...]], Prepared],
-    costs: Sequence[LayerCost],
-    lost_by: Callable[[Prepared], float],
-    budget: float,
-) -> tuple[Prepared, float]:
-    """Leave the costliest layers in float until a budget holds.
-
-    The number of layers is found by halving, as if more float layers never did harm; the one that is returned was
-    measured to keep the budget.
-
-    Args:
-        prepare: makes the network for INT8, given the layers that stay float: biases are corrected for them.
-        costs: of its layers.
-        lost_by: measures the points that it loses.
-        budget: the most points.
-
-    Returns:
-        The network with the layers that stay float, and the points that are lost.
-
-    Raises:
-        UserError: not even a single layer in INT8 keeps the budget.
-    """
-    order = [cost.node for cost in by_cost(costs)]
-
-    def tried(number: int) -> tuple[Prepared, float]:
-        prepared = prepare(tuple(order[:number]))
-        lost = lost_by(prepared)
-        say(f"With {number} of {len(order)} layers in float {lost:.2f} points are lost (budget {budget:g}).")
-        return prepared, lost
-
-    best = tried(0)
-    if best[1] <= budget:
-        return best
-    low, high, lost = 0, len(order), best[1]  # numbers of float layers: too few, and enough
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = tried(middle)
-        if found[1] <= budget:
-            high, best = middle, found
-        else:
-            low, lost = middle, found[1]
-    if high == len(order):
-        raise UserError(
-            f"With all but one of {len(order)} layers in float, {lost:.2f} points are lost still: give --budget "
-            "above that, or more images."
-        )
-    return best
 
 
 def run_graph(graph: ModelProto, images: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from midge.__main__ import main
@@ -130,6 +131,16 @@ def test_int8_of_one_target_alone(run: Path, tmp_path: Path) -> None:
     assert json.loads((artifact.path / "calibration.json").read_text())["ranges"]["tensors"]
 
 
+def test_layers_are_left_in_float_where_asked(run: Path, tmp_path: Path) -> None:
+    names = ("node_conv2d", "node_conv2d_1")
+    out = export(run, tmp_path / "out", float_layers=names)
+    assert json.loads((out / "calibration.json").read_text())["float_nodes"] == list(names)
+    for variant in ("onnx-int8-u8", "onnx-int8-s8"):
+        graph = onnx.load(load_artifact(out).variants[variant].model).graph
+        stored = {tensor.name for tensor in graph.initializer}
+        assert {node.name for node in graph.node if node.op_type == "Conv" and node.input[1] in stored} == {*names}
+
+
 def test_what_is_printed(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export(run, tmp_path / "one", targets=("onnx",))
     printed = capsys.readouterr().out
@@ -150,6 +161,10 @@ def test_what_is_printed(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         ({"name": "x" * 101}, "cannot be an artifact's"),
         ({"calibration_images": 0}, "--calibration-images is 0: give a value from 1"),
         ({"targets": ("ort8",)}, "Unknown target 'ort8'"),
+        (
+            {"float_layers": ("conv1",)},
+            "The network has no layer 'conv1' to leave in float: give names as midge quantize",
+        ),
         ({"data": Path("nowhere")}, "No folder at 'nowhere'"),
         ({"evaluation_data": Path("nowhere")}, "No folder at 'nowhere'"),
     ],

@@ -196,6 +196,12 @@ def plain(net: Net, x: str, name: str = "other", dtype: Any = S8) -> str:
     return net.op("Conv", x, net.weights(8, 8, 3, 3), name=name, pads=[1] * 4)
 
 
+def read_by_channel(net: Net) -> str:
+    """A convolution with float weights that reads one scale, written once for each channel."""
+    x = net.dq(net.q(plain(net, net.qdq("image"), "first")), U8, np.zeros(8), np.full(8, SCALE), axis=1)
+    return net.qdq(net.op("Conv", x, net.store(net.rng.normal(size=(8, 8, 3, 3))), name="other", pads=[1] * 4))
+
+
 def branch(net: Net) -> str:
     x = plain(net, net.qdq("image", S8))
     return net.op("Add", net.qdq(x, S8), x)
@@ -321,6 +327,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "weights along the input channels": convs(weights={"axis": 1}, bias=""),
     "weights along the input channels, float bias": convs(weights={"axis": 1}, bias="float"),
     "float weights": convs(store_float=True, bias=""),
+    "float weights, data read by channel": built(read_by_channel),
     "weights only": convs(input=False, output=False, bias="float", dtype=S8),
     "bias in another scale": convs(bias_factor=2),
     "bias nearly in scale": convs(bias_factor=1.009),

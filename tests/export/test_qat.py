@@ -267,6 +267,26 @@ def test_the_last_step_of_the_pipeline(graph: onnx.ModelProto, bad_ranges: Range
     assert json.dumps(facts)
 
 
+def test_layers_in_float_are_trained_and_written_in_float(
+    graph: onnx.ModelProto, bad_ranges: Ranges, inputs: np.ndarray, tmp_path: Path
+) -> None:
+    """The first three in a row, and one between INT8 layers."""
+    names = [node.name for node in graph.graph.node if node.op_type in {"Conv", "Gemm"}]
+    floats = (*names[:3], names[9])
+    start = Prepared(graph, bad_ranges, bad_ranges, floats)
+    sample = Sample(("a",) * len(inputs), ("0" * 64,) * len(inputs), inputs)
+    after = training(graph, sample, CONFIG.epochs, CONFIG.lr, CONFIG.seed)(start, inputs)
+    assert after.trained["loss_after"] < after.trained["loss_before"]
+    assert after.float_nodes == floats
+    student = Student(after.graph, {U8: Written(after.quantize(U8), after.ranges)})
+    with torch.no_grad():
+        simulated = student(torch.from_numpy(inputs[:8]), U8)["logits"].numpy()
+    written = after.quantize(U8)
+    stored = {tensor.name for tensor in written.graph.initializer}
+    assert {node.name for node in written.graph.node if node.name in names and node.input[1] in stored} == {*floats}
+    assert cosines(simulated, infer(written, inputs[:8], tmp_path / "model.onnx")).mean() > 0.9999
+
+
 def test_export_trains_where_asked(run: Path, images: Path, tmp_path: Path) -> None:
     config = ExportConfig(
         run=run, out=tmp_path / "out", targets=("onnx",), calibration_images=32, qat_epochs=1, qat_images=40

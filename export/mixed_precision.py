@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 CROSSING = 64  # multiply-accumulates that INT8 must save to pay for one value that changes between integers and float
 OUTPUT_SUFFIX = "_QuantizeLinear_Input"  # that ORT's quantizer gives a network's output before it is rounded
 LEAST_PRICE = 1e-3  # of all multiply-accumulates
+STEP = 0.1  # of all multiply-accumulates: the most that a set is dearer than the one before, where there is such a set
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,10 @@ def _round(graph: ModelProto, roundings: Mapping[str, NodeProto]) -> None:
 
 
 def integer_layers(graph: ModelProto, tensors: Sequence[str]) -> frozenset[str]:
-    """Names of the nodes that make or take some tensors, past their activations, and that ``u8`` quantizes."""
+    """Names of the nodes that make or take some tensors and that ``u8`` quantizes.
+
+    Activations that are part of a layer are not among them: they are float where it is.
+    """
     ops = WEIGHTED if is_transformer(graph) else INTEGER_OPS
     producers = {name: node for node in graph.graph.node for name in node.output}
     uses = consumers(graph)
@@ -121,9 +125,9 @@ def integer_layers(graph: ModelProto, tensors: Sequence[str]) -> frozenset[str]:
     for tensor in tensors:
         maker = producers.get(tensor)
         while maker is not None and maker.op_type in FUSED:
-            layers.add(maker.name)
             maker = producers.get(maker.input[0])
-        layers |= {node.name for node in (maker, *uses.get(tensor, ())) if node is not None and node.op_type in ops}
+        takers = [node for node in uses.get(tensor, ()) if node.op_type not in FUSED]
+        layers |= {node.name for node in (maker, *takers) if node is not None and node.op_type in ops}
     return frozenset(layers)
 
 
@@ -148,13 +152,13 @@ def order_float_layers(graph: ModelProto, roundings: Sequence[Rounding]) -> list
     chosen, sets = frozenset[str](), [tuple[str, ...]()]
     while chosen < layers:
         paid, freed = float_price(roundings, macs, chosen), freed_noise(roundings, chosen)
-
-        def gain(grown: frozenset[str], paid: float = paid, freed: float = freed) -> float:
-            price = max(float_price(roundings, macs, grown) - paid, LEAST_PRICE)
-            return (freed_noise(roundings, grown) - freed) / price
-
-        grown = {chosen | candidate for candidate in candidates} - {chosen}
-        chosen = max(grown, key=lambda names: (gain(names), -len(names), sorted(names)))
+        dearer = {
+            grown: max(float_price(roundings, macs, grown) - paid, LEAST_PRICE)
+            for grown in {chosen | candidate for candidate in candidates} - {chosen}
+        }
+        gains = {grown: (freed_noise(roundings, grown) - freed) / price for grown, price in dearer.items()}
+        near = [grown for grown, price in dearer.items() if price <= STEP and gains[grown] > 0]
+        chosen = max(near or gains, key=lambda grown: (gains[grown], -len(grown), sorted(grown)))
         sets.append(tuple(name for name in in_order if name in chosen))
     return sets
 

@@ -19,12 +19,14 @@ from .calibration import Sample
 from .clip_weights import clip_weights
 from .float_layers import check_float_layers
 from .quantize import DIALECTS, quantize_onnx, refuse_quantized
-from .ranges import Ranges, RangeTable, graph_sha256, measure_ranges
+from .ranges import Ranges, RangeTable, graph_sha256, is_transformer, measure_ranges
 from .rounding import round_weights
 from .smooth import smooth
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+
+COARSEST = 1.5  # times as coarse a step may be without a zero point
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +61,24 @@ class Prepared:
     def quantize(self, variant: str) -> ModelProto:
         """The INT8 graph in the dialect of a variant."""
         return quantize_onnx(self.graph, self.choose_ranges(variant), DIALECTS[variant], self.float_nodes)
+
+    def quantize_for_openvino(self) -> ModelProto:
+        """The INT8 graph that OpenVINO computes fastest, where a zero point costs: in matrix products, and additions.
+
+        Of a transformer the ``s8`` graph. Of others ``u8``, in which activations of both signs, as residual additions
+        take them, are INT8 without a zero point, unless their steps became much coarser by it. Times as fast as FP32 on
+        one thread at 224 px, with AMX / AVX512-VNNI / AVX2-VNNI: a ViT-Ti in ``s8`` 2.85 / 2.09 / 1.74, in ``u8`` 1.80
+        / 1.72 / 1.45; a ResNet18 in ``s8`` 9.8 / 3.2 / 2.6, in ``u8`` 10.2 / 3.8 / 3.4; without the zero points 1.05
+        times as fast as in ``u8``, a MobileNetV2 1.13 times (both with AMX; 1.0 without it).
+        """
+        if is_transformer(self.graph):
+            return self.quantize("onnx-int8-s8")
+        signed = {
+            name: self.symmetric_ranges[name]
+            for name, (low, high) in self.ranges.items()
+            if low < 0 and 2 * max(-low, high) <= COARSEST * (high - low)
+        }
+        return quantize_onnx(self.graph, self.ranges, DIALECTS["onnx-int8-u8"], self.float_nodes, signed=signed)
 
 
 def _clip_weights(prepared: Prepared, images: np.ndarray) -> Prepared:

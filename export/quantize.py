@@ -115,6 +115,7 @@ def quantize_onnx(
     dialect: Dialect,
     float_nodes: Collection[str] = (),
     only: Collection[str] = (),
+    signed: Ranges | None = None,
 ) -> ModelProto:
     """Write Q/DQ into a graph.
 
@@ -124,6 +125,7 @@ def quantize_onnx(
         dialect: one of ``DIALECTS``.
         float_nodes: names of nodes that stay float.
         only: names of the nodes that are quantized; all where empty.
+        signed: ranges of the activations that are signed and symmetric, whatever the dialect says of the others.
 
     Returns:
         The checked INT8 graph.
@@ -135,7 +137,8 @@ def quantize_onnx(
 
     model = onnx.shape_inference.infer_shapes(onnx.load(graph) if isinstance(graph, Path) else graph)
     transformer = is_transformer(model)
-    low_high: dict[str, Any] = {name: (np.float32(low), np.float32(high)) for name, (low, high) in ranges.items()}
+    chosen = {**ranges, **(signed or {})}
+    low_high: dict[str, Any] = {name: (np.float32(low), np.float32(high)) for name, (low, high) in chosen.items()}
     tensors_range = TensorsData(CalibrationMethod.MinMax, low_high)  # a new one: the quantizer rewrites it
     quantizer = QDQQuantizer(
         model,
@@ -147,7 +150,13 @@ def quantize_onnx(
         nodes_to_quantize=list(only),
         nodes_to_exclude=list(float_nodes),
         op_types_to_quantize=list(WEIGHTED if transformer else dialect.ops),
-        extra_options={**dialect.options, "OpTypesToExcludeOutputQuantization": list(dialect.float_outputs)},
+        extra_options={
+            **dialect.options,
+            "OpTypesToExcludeOutputQuantization": list(dialect.float_outputs),
+            "TensorQuantOverrides": {
+                name: [{"quant_type": QuantType.QInt8, "symmetric": True}] for name in signed or {}
+            },
+        },
     )
     if not transformer and "Add" not in dialect.ops and not only:
         for tensor in float_residuals(model, float_nodes):

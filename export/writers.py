@@ -26,7 +26,6 @@ from .onnx_export import save_onnx
 from .openvino_export import save_openvino
 from .prepare import Prepared
 from .quantize import DIALECTS, DYNAMIC, DYNAMIC_OPS, quantize_dynamic
-from .ranges import is_transformer
 from .tensorrt_export import save_tensorrt
 from .weights import load_weights
 
@@ -148,20 +147,11 @@ def write_openvino_fp16(source: Source, path: Path) -> None:
 
 
 def write_openvino_int8(source: Source, path: Path) -> None:
-    """``openvino-int8``: our ``s8`` graph of a transformer, ``u8`` of any other (:func:`openvino_dialect`)."""
+    """``openvino-int8``: the graph that OpenVINO computes fastest (:meth:`.prepare.Prepared.quantize_for_openvino`)."""
     with tempfile.TemporaryDirectory() as work:
         onnx_path = Path(work) / "model.onnx"
-        save_onnx(prepared(source).quantize(openvino_dialect(source.graph)), onnx_path)
+        save_onnx(prepared(source).quantize_for_openvino(), onnx_path)
         save_openvino(onnx_path, path, source.delivery)
-
-
-def openvino_dialect(graph: ModelProto) -> str:
-    """The dialect that OpenVINO computes fastest: a zero point costs matrix products more than convolutions.
-
-    Times as fast as FP32 on one thread at 224 px, with AMX / AVX512-VNNI / AVX2-VNNI: a ViT-Ti in ``s8`` 2.85 / 2.09 /
-    1.74, in ``u8`` 1.80 / 1.72 / 1.45; a ResNet18 in ``s8`` 9.8 / 3.2 / 2.6, in ``u8`` 10.2 / 3.8 / 3.4.
-    """
-    return "onnx-int8-s8" if is_transformer(graph) else "onnx-int8-u8"
 
 
 def write_tensorrt(source: Source, path: Path) -> None:
@@ -223,7 +213,7 @@ WRITERS: dict[str, Writer] = {
     "openvino-int8": Writer(
         "model.xml",
         write_openvino_int8,
-        "The u8 graph, of transformers the s8 graph, as OpenVINO's files.",
+        "The u8 graph, activations of both signs without a zero point; of transformers the s8 graph.",
         needs_ranges=True,
         packages=OPENVINO,
     ),

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from midge.export.mixed_precision import (
     CROSSING,
+    STEP,
     Rounding,
     float_price,
     freed_noise,
@@ -94,14 +95,14 @@ def test_each_rounding_is_measured_alone() -> None:
 
     reference = run("")
     found = {rounding.tensors[0]: rounding for rounding in measure_roundings(network, images)}
-    layers = {"image": {"a"}, "x": {"a", "relu", "b"}, "y": {"b", "c"}, "z": {"c", "pool"}}
+    layers = {"image": {"a"}, "x": {"a", "b"}, "y": {"b", "c"}, "z": {"c", "pool"}}
     layers["pooled"] = {"pool", "flatten"}
     for name, expected in layers.items():
         noise = np.square(run(name) - reference, dtype=np.float64).sum() / np.square(reference, dtype=np.float64).sum()
         assert found[name].noise == pytest.approx(noise, rel=1e-3)
         assert expected <= found[name].layers
         assert (found[name].values, found[name].outside) == (2 if name == "pooled" else 32, name == "image")
-    assert found["x"].layers == {"a", "relu", "b"}
+    assert found["x"].layers == {"a", "b"}
 
 
 def test_noises_add_up(prepared: Prepared, inputs: np.ndarray, roundings: list[Rounding]) -> None:
@@ -149,12 +150,13 @@ def test_sets_grow_by_what_is_freed_for_its_price(prepared: Prepared, roundings:
     macs, names = macs_of(prepared.graph), [node.name for node in prepared.graph.graph.node]
     for names_of_set in sets:
         assert list(names_of_set) == [name for name in names if name in names_of_set]
-    # The first step, found by trying all of one tensor's layers and all beginnings and ends.
+    # The first step, found by trying all of one tensor's layers and all beginnings and ends that are not too dear.
     places = [[name for name in names if name in sets[-1]][slice(*ends)] for ends in _ends(len(sets[-1]))]
     base = float_price(roundings, macs, frozenset())
     ratios = {
         candidate: freed_noise(roundings, candidate) / max(float_price(roundings, macs, candidate) - base, 1e-3)
         for candidate in {*(each.layers for each in roundings), *map(frozenset, places)} - {frozenset()}
+        if float_price(roundings, macs, candidate) - base <= STEP
     }
     assert ratios[frozenset(sets[1])] == max(ratios.values())
 

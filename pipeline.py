@@ -73,6 +73,10 @@ class RunConfig:
     """Print the content of summary.json instead of the table."""
 
 
+COMPARED = ("summary.json", "report.html")
+"""What the last stage leaves; where a user has removed one of them, it is taken again."""
+
+
 @dataclass(frozen=True)
 class Paths:
     """Where things lie below OUT."""
@@ -101,6 +105,8 @@ def run(config: RunConfig) -> int:
     paths = Paths(config.out)
     stages = RECIPES[config.recipe](config, paths)
     finished = open_state(config, paths)
+    if not all((config.out / name).exists() for name in COMPARED):
+        finished.pop("compare", None)
     # A stage prints its result to stdout, where with --json nothing but the summary belongs.
     quiet = contextlib.redirect_stdout(sys.stderr) if config.json else contextlib.nullcontext()
     codes = []
@@ -257,8 +263,9 @@ def quickstart(config: RunConfig, paths: Paths) -> dict[str, Callable[[], int]]:
 
         records = compare.load_records(paths.records)
         summary = compare.summarize(records, read_json(paths.run / "eval" / "knn.json", "k-NN evaluation"))
-        compare.write_summary(config.out / "summary.json", summary)
-        report.write_report(config.out / "report.html", records, summary, "midge quickstart")
+        summary_path, report_path = (config.out / name for name in COMPARED)
+        compare.write_summary(summary_path, summary)
+        report.write_report(report_path, records, summary, "midge quickstart")
         return 0
 
     return {

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -137,6 +138,20 @@ def test_the_table_is_printed_and_resuming_prints_it_again(finished: Finished, m
     assert again.returncode == finished.code, again.stderr
     assert again.stdout.splitlines()[-20:] == finished.stdout.splitlines()[-20:]
     assert before == {path: path.stat().st_mtime_ns for path in finished.out.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("removed", ["summary.json", "report.html"])
+def test_a_removed_result_is_made_again(finished: Finished, midge: Midge, tmp_path: Path, removed: str) -> None:
+    out = shutil.copytree(finished.out, tmp_path / "demo")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.parent != out}
+    (out / removed).unlink()
+    command = [str(out) if word == str(finished.out) else word for word in finished.command]
+    again = midge(*command, "--resume", "--json")
+    assert (again.returncode, json.loads(again.stdout)) == (finished.code, finished.json("summary.json"))
+    assert json.loads((out / "summary.json").read_text()) == finished.json("summary.json")
+    assert (out / "report.html").stat().st_size > 10_000
+    assert before == {path: path.stat().st_mtime_ns for path in before}  # no other stage was taken again
 
 
 @pytest.mark.slow

@@ -73,11 +73,11 @@ class Prepared:
         """
         if is_transformer(self.graph):
             return self.quantize("onnx-int8-s8")
-        signed = {
-            name: self.symmetric_ranges[name]
-            for name, (low, high) in self.ranges.items()
-            if low < 0 and 2 * max(-low, high) <= COARSEST * (high - low)
-        }
+        signed = {}
+        for name, (low, high) in self.ranges.items():
+            most = max(-low, high)
+            if low < 0 and 2 * most <= COARSEST * (high - low):
+                signed[name] = (-most, most)  # of these ranges, which the weights were corrected or trained for
         return quantize_onnx(self.graph, self.ranges, DIALECTS["onnx-int8-u8"], self.float_nodes, signed=signed)
 
 

@@ -90,8 +90,9 @@ class Quantization:
         Unknown ones count as the same.
         """
         pairs = ((self.scale, other.scale), (self.zero_point, other.zero_point))
-        return all(a is None or b is None or _equal(a.ravel(), b.ravel()) for a, b in pairs) and (
-            not self.type or not other.type or self.type == other.type
+        known = self.type and other.type
+        return (not known or self.type == other.type) and all(
+            a is None or b is None or _equal(a.ravel(), b.ravel()) for a, b in pairs
         )
 
 
@@ -262,9 +263,8 @@ class Graph:
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two rows of numbers are equal, where one number stands for as many as the other has."""
-    if 1 in {a.size, b.size} and a.size and b.size:
-        a, b = np.broadcast_arrays(a, b)
-    return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+    one, other = np.broadcast_arrays(a, b) if 1 in {a.size, b.size} else (a, b)
+    return np.array_equal(one, other, equal_nan=a.dtype.kind == "f")
 
 
 def _node(index: int, proto: NodeProto) -> Node:

@@ -82,7 +82,7 @@ class Tensors:
         name = _plain(value.name)
         if name in self._ranges:
             return name
-        if value.op is not None and value.op.op_type in MOVES:
+        if value.op is not None and (value.op.op_type in MOVES or _pads_with_zeros(value.op)):
             return self.find(value.op.inputs["x"])
         raise UserError(f"Core ML's value {value.name!r} has no range by that name: the network cannot be quantized.")
 
@@ -122,6 +122,11 @@ def _plain(name: str) -> str:
     """Name of a value as the network's node has it; the normalized image is the input of the ONNX graph."""
     name = FP16.sub("", name)
     return INPUT if name == PREPROCESSING[-1] else name
+
+
+def _pads_with_zeros(op: Any) -> bool:
+    """Whether an operator puts zeros around a value, which ONNX's convolution does itself."""
+    return op.op_type == "pad" and op.inputs["mode"].val == "constant" and op.inputs["constant_val"].val == 0
 
 
 def _mark(weight: np.ndarray) -> bytes:

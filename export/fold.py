@@ -32,13 +32,14 @@ def fold_batch_norm(model: nn.Module, input_px: int) -> nn.Module:
     Raises:
         UserError: torch cannot follow the network's code.
     """
+    from timm.layers import Conv2dSame  # type: ignore[attr-defined] - pads as TensorFlow does
     from torch import nn
 
     folded = copy.deepcopy(model).eval()
     for convolution_name, norm_name in list(_pairs(folded, input_px)):
         convolution, norm = folded.get_submodule(convolution_name), folded.get_submodule(norm_name)
         rest = _without_norm(norm)
-        if rest is None or type(convolution) is not nn.Conv2d:
+        if rest is None or type(convolution) not in (nn.Conv2d, Conv2dSame):
             continue
         _fold(convolution, norm)
         folded.set_submodule(norm_name, rest)

@@ -59,16 +59,18 @@ class Made:
 class Inverted(torch.nn.Module):
     """A stem and two blocks as MobileNetV2 has them, one with its shortcut: features (N, 16)."""
 
-    def __init__(self) -> None:
+    def __init__(self, pad_type: str = "") -> None:
         super().__init__()
         self.stem = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 2, 1, bias=False), torch.nn.BatchNorm2d(8))
-        self.first, self.second = self.block(8, 8, 1), self.block(8, 16, 2)
+        self.first, self.second = self.block(8, 8, 1, pad_type), self.block(8, 16, 2, pad_type)
 
     @staticmethod
-    def block(inputs: int, outputs: int, stride: int) -> torch.nn.Module:
+    def block(inputs: int, outputs: int, stride: int, pad_type: str) -> torch.nn.Module:
         from timm.models._efficientnet_blocks import InvertedResidual
 
-        return InvertedResidual(inputs, outputs, stride=stride, exp_ratio=4, act_layer=torch.nn.ReLU6)
+        return InvertedResidual(
+            inputs, outputs, stride=stride, exp_ratio=4, act_layer=torch.nn.ReLU6, pad_type=pad_type
+        )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.second(self.first(functional.relu6(self.stem(images)))).mean(dim=(2, 3))
@@ -222,6 +224,16 @@ def test_a_graph_without_an_operator_is_refused(classifier: Made) -> None:
     graph.graph.node.remove(node)
     with pytest.raises(UserError, match="no weights for the operator 'conv2d_3'"):
         load_weights(classifier.source.folded, graph, PX)
+
+
+def test_a_convolution_that_pads_as_tensorflow_does(images: Path, tmp_path: Path) -> None:
+    """Core ML has an operator of its own for that, between the activation and the convolution."""
+    made = make(INVERTED, randomize(Inverted(pad_type="same")), images, tmp_path)
+    for program in made.programs.values():
+        assert kinds(program)["pad"] == 1
+    assert made.parity["coreml-fp16"].cosine_min >= 0.9995
+    assert made.parity["coreml-int8"].cosine_mean >= 0.995
+    assert kinds(made.programs["coreml-int8"])["constexpr_affine_dequantize"] == 7  # all convolutions
 
 
 def test_what_stays_float(classifier: Made, tmp_path: Path) -> None:

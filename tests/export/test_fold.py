@@ -38,6 +38,7 @@ def norms(model: nn.Module) -> int:
         ("mobilenetv2_050", {}),
         ("vit_tiny_patch16_224", {"img_size": PX, "patch_size": 8, "depth": 1, "embed_dim": 48}),
         ("regnety_002", {}),
+        ("tf_mobilenetv3_small_minimal_100", {}),  # pads as TensorFlow does
     ],
 )
 def test_the_folded_network_computes_the_same(name: str, arguments: dict[str, Any]) -> None:

@@ -68,8 +68,8 @@ class Prepared:
         Of a transformer the ``s8`` graph. Of others ``u8``, in which activations of both signs, as residual additions
         take them, are INT8 without a zero point, unless their steps became much coarser by it. Times as fast as FP32 on
         one thread at 224 px, with AMX / AVX512-VNNI / AVX2-VNNI: a ViT-Ti in ``s8`` 2.85 / 2.09 / 1.74, in ``u8`` 1.80
-        / 1.72 / 1.45; a ResNet18 in ``s8`` 9.8 / 3.2 / 2.6, in ``u8`` 10.2 / 3.8 / 3.4; without the zero points 1.05
-        times as fast as in ``u8``, a MobileNetV2 1.13 times (both with AMX; 1.0 without it).
+        / 1.72 / 1.45; a ResNet18 in ``s8`` 9.8 / 3.2 / 2.6, in ``u8`` 10.2 / 3.8 / 3.4. Without the zero points it is
+        1.05 to 1.16 times as fast as in ``u8`` with AMX, a MobileNetV2 1.02 to 1.13 times; without AMX 1.0 times.
         """
         if is_transformer(self.graph):
             return self.quantize("onnx-int8-s8")

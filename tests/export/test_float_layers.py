@@ -14,7 +14,7 @@ from midge.export.ranges import is_transformer, measure_ranges
 from midge.export.sensitivity import run_graph
 from midge.runtime.errors import UserError
 from midge.runtime.openvino_backend import OpenVinoBackend
-from midge.runtime.ort_backend import OrtBackend
+from midge.runtime.ort_backend import OrtBackend, keep_exact
 from midge.runtime.preprocess import Preprocess
 from midge.runtime.torch_model import ModelSpec, build_model
 
@@ -32,6 +32,7 @@ def prepare_network(name: str, **arguments: int) -> Prepared:
 
     from midge.export.fold import fold_batch_norm
 
+    torch.manual_seed(0)
     model = build_model(ModelSpec(name, dict(arguments), 10, 1280, (), Preprocess(PX, PX), PX)).eval()
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
@@ -60,6 +61,7 @@ def run(graph: onnx.ModelProto, level: ort.GraphOptimizationLevel) -> np.ndarray
     options = ort.SessionOptions()
     options.graph_optimization_level = level
     options.log_severity_level = 3
+    keep_exact(options)
     session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return np.concatenate([np.asarray(session.run(None, {"image": image[None]})[0]) for image in images()])
 

@@ -130,8 +130,8 @@ def _pads_with_zeros(op: Any) -> bool:
 
 
 def _mark(weight: np.ndarray) -> bytes:
-    """What is equal for equal weights in 16-bit floats."""
-    return repr(weight.shape).encode() + np.ascontiguousarray(weight, np.float16).tobytes()
+    """What is equal for equal weights in 16-bit floats, -0 and 0 among them: a converter stores one for the other."""
+    return repr(weight.shape).encode() + (np.ascontiguousarray(weight, np.float16) + np.float16(0)).tobytes()
 
 
 def _passes(tensors: Tensors, transformer: bool) -> list[Any]:

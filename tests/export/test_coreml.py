@@ -22,7 +22,7 @@ from midge.__main__ import main
 from midge.export.calibration import read_images
 from midge.export.config import ExportConfig
 from midge.export.coreml_export import convert_coreml
-from midge.export.coreml_int8 import quantize_coreml
+from midge.export.coreml_int8 import _mark, quantize_coreml
 from midge.export.delivery import Delivery
 from midge.export.fold import fold_batch_norm
 from midge.export.onnx_export import export_onnx
@@ -234,6 +234,11 @@ def test_a_convolution_that_pads_as_tensorflow_does(images: Path, tmp_path: Path
     assert made.parity["coreml-fp16"].cosine_min >= 0.9995
     assert made.parity["coreml-int8"].cosine_mean >= 0.995
     assert kinds(made.programs["coreml-int8"])["constexpr_affine_dequantize"] == 7  # all convolutions
+
+
+def test_zeros_of_both_signs_are_equal_weights() -> None:
+    weight = np.array([[0.0, 1.0], [2.0, 0.0]], np.float32)
+    assert _mark(weight) == _mark(weight * np.array([[-1.0, 1.0], [1.0, -1.0]], np.float32)) != _mark(weight.T)
 
 
 def test_what_stays_float(classifier: Made, tmp_path: Path) -> None:

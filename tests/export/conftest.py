@@ -14,7 +14,11 @@ from PIL import Image
 from midge.export.config import ExportConfig
 from midge.export.export import export_run
 from midge.export.onnx_export import export_onnx
+from midge.export.prepare import Prepared
+from midge.export.ranges import RangeTable
 from midge.runtime.artifact import Artifact, load_artifact
+from midge.runtime.fields import Fields
+from midge.runtime.golden import load_golden
 from midge.runtime.preprocess import Preprocess
 from midge.runtime.torch_model import ModelSpec, build_model, save_model
 
@@ -95,6 +99,21 @@ def artifact_path(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def artifact(artifact_path: Path) -> Artifact:
     return load_artifact(artifact_path)
+
+
+@pytest.fixture(scope="session")
+def prepared(artifact: Artifact) -> Prepared:
+    """The artifact's FP32 graph with its calibrated ranges, its weights as they were."""
+    stored = json.loads((artifact.path / "calibration.json").read_text())
+    table = RangeTable.from_json(Fields(stored["ranges"], "ranges"))
+    graph = onnx.load(artifact.variants["onnx-fp32"].model)
+    return Prepared(graph, table.choose("mse"), table.choose_symmetric("mse"))
+
+
+@pytest.fixture(scope="session")
+def inputs(artifact: Artifact) -> np.ndarray:
+    """16 golden images, preprocessed."""
+    return load_golden(artifact.golden, artifact.input_shape, artifact.output_shape).inputs[:16]
 
 
 @pytest.fixture

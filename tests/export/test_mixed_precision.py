@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from typing import Any
 
 import numpy as np
@@ -22,25 +21,8 @@ from midge.export.mixed_precision import (
     order_float_layers,
 )
 from midge.export.prepare import Prepared
-from midge.export.ranges import RangeTable
 from midge.export.sensitivity import damage, run_graph
-from midge.runtime.artifact import Artifact
 from midge.runtime.errors import UserError
-from midge.runtime.fields import Fields
-from midge.runtime.golden import load_golden
-
-
-@pytest.fixture(scope="module")
-def prepared(artifact: Artifact) -> Prepared:
-    stored = json.loads((artifact.path / "calibration.json").read_text())
-    table = RangeTable.from_json(Fields(stored["ranges"], "ranges"))
-    graph = onnx.load(artifact.variants["onnx-fp32"].model)
-    return Prepared(graph, table.choose("mse"), table.choose_symmetric("mse"))
-
-
-@pytest.fixture(scope="module")
-def inputs(artifact: Artifact) -> np.ndarray:
-    return load_golden(artifact.golden, artifact.input_shape, artifact.output_shape).inputs[:8]
 
 
 @pytest.fixture(scope="module")

@@ -15,27 +15,11 @@ from midge.export.bias_correction import correct_biases
 from midge.export.config import QuantizeConfig
 from midge.export.prepare import Prepared
 from midge.export.quantize import DIALECTS, quantize_onnx
-from midge.export.ranges import RangeTable
 from midge.export.requantize import quantize
 from midge.export.sensitivity import LayerCost, by_cost, layer_costs, run_graph, sqnr_db
 from midge.runtime.artifact import Artifact, load_artifact
 from midge.runtime.errors import UserError
-from midge.runtime.fields import Fields
 from midge.runtime.files import sha256_file
-from midge.runtime.golden import load_golden
-
-
-@pytest.fixture(scope="module")
-def prepared(artifact: Artifact) -> Prepared:
-    stored = json.loads((artifact.path / "calibration.json").read_text())
-    table = RangeTable.from_json(Fields(stored["ranges"], "ranges"))
-    graph = onnx.load(artifact.variants["onnx-fp32"].model)
-    return Prepared(graph, table.choose("mse"), table.choose_symmetric("mse"))
-
-
-@pytest.fixture(scope="module")
-def inputs(artifact: Artifact) -> np.ndarray:
-    return load_golden(artifact.golden, artifact.input_shape, artifact.output_shape).inputs[:16]
 
 
 @pytest.fixture(scope="module")

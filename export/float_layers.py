@@ -21,7 +21,7 @@ from .graph_edit import attribute, consumers
 from .ranges import WEIGHTED
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto
+    from onnx import ModelProto, NodeProto, TensorProto
 
 FUSED = ("Relu", "Clip")
 """Activations that become part of the layer before: they are rounded with it, or stay float with it."""
@@ -55,7 +55,7 @@ def detach_float_layers(quantized: ModelProto, float_nodes: Collection[str], apa
     """
     producers = {name: node for node in quantized.graph.node for name in node.output}
     uses = consumers(quantized)
-    stored = {tensor.name for tensor in quantized.graph.initializer}
+    stored = {tensor.name: tensor for tensor in quantized.graph.initializer}
     added: list[NodeProto] = []
     for node in quantized.graph.node:
         if node.name not in float_nodes:
@@ -68,7 +68,7 @@ def detach_float_layers(quantized: ModelProto, float_nodes: Collection[str], apa
             if _is_float(producers.get(rounding.input[0]), producers, float_nodes):
                 node.input[place] = rounding.input[0]
             elif apart and node.op_type in QUANTIZED_ON_LOADING and node.input[1] in stored and _is_rounded(node, uses):
-                added.append(_own_dequantize(quantized, node, dequantize))
+                added.append(_own_dequantize(quantized, stored, node, dequantize))
     quantized.graph.node.extend(added)
     _drop_unread(quantized)
 
@@ -89,18 +89,19 @@ def _is_rounded(node: NodeProto, uses: dict[str, list[NodeProto]]) -> bool:
     return any(use.op_type == "QuantizeLinear" or (use.op_type in FUSED and _is_rounded(use, uses)) for use in after)
 
 
-def _own_dequantize(quantized: ModelProto, node: NodeProto, shared: NodeProto) -> NodeProto:
+def _own_dequantize(
+    quantized: ModelProto, stored: dict[str, TensorProto], node: NodeProto, shared: NodeProto
+) -> NodeProto:
     """A DequantizeLinear for one node, with the shared one's scale for each channel; the node reads it already."""
     onnx = require("onnx", "export")
-    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in quantized.graph.initializer}
-    sides = stored[node.input[1]].shape
+    sides = stored[node.input[1]].dims
     if node.op_type == "Gemm":
         channels = sides[1 if attribute(node, "transB", 0) else 0]
     else:
         channels = sides[0] if node.op_type == "ConvTranspose" else sides[1] * attribute(node, "group", 1)
     names = [shared.input[0]]
     for name, suffix in zip(shared.input[1:3], ("scales", "zero_points"), strict=True):
-        values = np.full(channels, stored[name])
+        values = np.full(channels, onnx.numpy_helper.to_array(stored[name]))
         quantized.graph.initializer.append(onnx.numpy_helper.from_array(values, f"{node.name}_input_{suffix}"))
         names.append(f"{node.name}_input_{suffix}")
     node.input[0] = f"{node.name}_input"

@@ -63,12 +63,11 @@ def measure_roundings(prepared: Prepared, images: np.ndarray) -> list[Rounding]:
     """What the rounding of each activation costs, in the graph's order.
 
     Args:
-        prepared: what INT8 is written from, with no layer in float.
+        prepared: what INT8 is written from, with no layer in float and the weights as they were.
         images: (N, 3, H, W) float32, preprocessed.
     """
     onnx = require("onnx", "export")
-    graph = prepared.original or prepared.graph
-    quantized = prepared.quantize(DIALECT)
+    graph, quantized = prepared.graph, prepared.quantize(DIALECT)
     reference = run_graph(graph, images)
     power = float(np.square(reference, dtype=np.float64).sum()) or 1.0
     stored = {tensor.name: tensor for tensor in quantized.graph.initializer}

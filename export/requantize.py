@@ -63,11 +63,11 @@ def quantize(config: QuantizeConfig) -> int:
     check_packages([name for name in artifact.variants if is_int8(name) and name in WRITERS])
     samples = read_stored_images(stored, config, artifact)
     inputs = samples.calibration.inputs
-    clipping = {"weight clipping": RANGE_STEPS["weight clipping"]}  # a layer is judged by the scales it will have
-    plain, table = prepare(graph, inputs, method, stored=table, range_steps=clipping)
+    plain, table = prepare(graph, inputs, method, stored=table, range_steps={})
     costs: list[LayerCost] = []
     if config.sensitivity:
-        costs = layer_costs(graph, plain, inputs[: config.limit])
+        clipped = RANGE_STEPS["weight clipping"](plain, inputs)  # a layer is judged by the scales it will have
+        costs = layer_costs(graph, clipped, inputs[: config.limit])
 
     def prepared_with(float_nodes: tuple[str, ...]) -> Prepared:
         return prepare(graph, inputs, method, float_nodes, table)[0]

@@ -62,8 +62,10 @@ def judge(outputs: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
     same = outputs.argmax(axis=1) == reference.argmax(axis=1)
     exponents = np.exp(reference - reference.max(axis=1, keepdims=True))
     sure = exponents.max(axis=1) / exponents.sum(axis=1) >= 0.5
+    second, first = np.sort(reference, axis=1)[:, -2:].T
     return {
         "same_class": same.mean().item(),
+        "close_photos": int((first - second < 0.1).sum()),
         "sure_photos": int(sure.sum()),
         "same_class_of_sure": same[sure].mean().item() if sure.any() else None,
         "cosine_mean": compare_outputs(outputs, reference).cosine_mean,
@@ -93,8 +95,8 @@ def main() -> None:
     roundings = measure_roundings(plain, inputs[: given.measured])
     macs, weighted = macs_of(graph), {node.name for node in graph.graph.node if node.op_type in WEIGHTED}
     sets = order_float_layers(graph, roundings)
-    shares = [sum(macs[name] for name in names) / sum(macs.values()) for names in sets]
-    sets = [names for names, share in zip(sets, shares, strict=True) if share <= given.most]
+    shares = {names: sum(macs[name] for name in names) / sum(macs.values()) for names in sets}
+    sets = [names for names in sets if shares[names] <= given.most]
     with tempfile.TemporaryDirectory() as folder:
         paths = [artifact.variants["onnx-fp32"].model]
         for number, names in enumerate(sets):
@@ -114,8 +116,9 @@ def main() -> None:
         for place, (names, outputs) in enumerate(zip(sets, others, strict=True)):
             found.append(
                 {
-                    "float_layers": [name for name in names if name in weighted],
-                    "integer_macs": 1 - shares[place],
+                    "float_layers": names,
+                    "weighted_float_layers": len({*names} & weighted),
+                    "integer_macs": 1 - shares[names],
                     "price": float_price(roundings, macs, frozenset(names)),
                     "predicted_error": sum(each.noise for each in roundings if not each.layers <= {*names}),
                     "p50_ms": float(np.median(np.concatenate(samples[place + 1]))),
@@ -131,7 +134,8 @@ def main() -> None:
     for each in found:
         low, high = each["speedup"]["ci95"]
         printed.add_row(
-            *(str(len(each["float_layers"])), f"{100 * each['integer_macs']:.1f}", f"{100 * each['same_class']:.2f}"),
+            str(each["weighted_float_layers"]),
+            *(f"{100 * each['integer_macs']:.1f}", f"{100 * each['same_class']:.2f}"),
             *(f"{100 * (each['same_class_of_sure'] or 0):.2f}", f"{each['cosine_mean']:.5f}", f"{each['p50_ms']:.2f}"),
             *(f"{each['speedup']['ratio']:.2f}", f"{low:.2f} … {high:.2f}"),
         )
